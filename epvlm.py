@@ -1,0 +1,320 @@
+"""EP-VLM: answers a question about an image by looking only at the patches where an event camera saw motion.
+
+    python epvlm.py image.png events.npy "What is moving?"
+
+The pipeline, top to bottom; each step names the module that holds its equations:
+
+    image, events, question
+      -> E_v, S, M_v^E      event map, motion of each cell, mask            events.py   Eq. 5, 6
+      -> X~_v               the patches the mask keeps                      vit.py      Eq. 7
+      -> R~^2D, Z_v, H_v    their positions, the transformer, the merger    vit.py      Eq. 8, 9, 10
+      -> concat(H_v, H_q)   visual tokens in the midst of the text          here        Eq. 4
+      -> X_a                the answer                                      llm.py      Eq. 4
+
+Glossary
+    N, N'            patches of the dense image, and patches kept
+    L                tokens of the prompt: text, and one for each group (2 x 2 patches, 28 x 28 pixels) kept
+    sparsity         fraction of cells dropped, as in Table 1; Eq. 6's tau = 1 - sparsity is the fraction kept
+    keep             masks: True keeps, False drops
+
+What differs from plain Qwen2-VL: the mask. Without events, or at sparsity 0, this is plain Qwen2-VL.
+"""
+
+import argparse
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from events import MICROSECONDS, Events, accumulate, budget_mask, literal_mask, motion, read_events, resize
+from llm import Decoder, DecoderConfig, generate, mrope_positions, sampler
+from vit import ImageConfig, VisionConfig, VisionTransformer, packed_patches, read_image, smart_resize
+from weights import fetch, fill, read_config, read_image_config, read_json, read_tensors
+
+DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CHOICES = {"cell": ("group", "patch"), "ties": ("exact", "literal"), "polarity": ("count", "signed")}
+SPECIAL = {name: f"<|{name}|>" for name in ("im_start", "im_end", "vision_start", "vision_end", "image_pad")}
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What the model is given. L counts the kept image tokens only; positions are those of the dense image, packed."""
+
+    input_ids: Tensor  # (L,) int64
+    position_ids: Tensor  # (3, L) int64, time, row, column
+    patches: Tensor  # (N', 1176) float32, X~_v of Eq. 7
+    keep: Tensor  # (groups_h, groups_w) bool, True where a group has a token
+    keep_patches: Tensor  # (grid_h, grid_w) bool, M_v^E by patch
+    image_start: int  # index of the first image token
+    source: str  # where the mask comes from, such as "37142 events in 20.0 ms"
+
+    def __str__(self) -> str:
+        return (
+            f"kept {len(self.patches)} of {self.keep_patches.numel()} patches "
+            f"({int(self.keep.sum())} of {self.keep.numel()} tokens), {self.source}"
+        )
+
+
+class EPVLM:
+    """A Qwen2-VL checkpoint that can skip patches. `from_pretrained` makes one, `answer` uses it."""
+
+    def __init__(self, vit: VisionTransformer, llm: Decoder, tokenizer: Tokenizer, images: ImageConfig, stop: frozenset[int]):
+        self.vit, self.llm, self.tokenizer, self.images, self.stop = vit, llm, tokenizer, images, stop
+        self.special = {name: tokenizer.token_to_id(text) for name, text in SPECIAL.items()}
+
+    @classmethod
+    def from_pretrained(cls, model: str | Path, revision: str | None = None, device=None, dtype=None) -> "EPVLM":
+        """Loads a checkpoint: a folder, or a hub id at a `revision`. device: None takes a CUDA GPU if there is one, else
+        the CPU; dtype: a torch.dtype or its name, None the checkpoint's own. Raises ValueError naming file and remedy."""
+        folder = fetch(model, revision)
+        path, sections = folder / "config.json", read_config(folder)
+        vision, text = fill(VisionConfig, sections["vision"], path), fill(DecoderConfig, sections["text"], path)
+        if vision.hidden_size != text.hidden_size:
+            raise ValueError(f"{path}: visual tokens of width {vision.hidden_size} do not fit a decoder of {text.hidden_size}")
+        images = fill(ImageConfig, read_image_config(folder), folder / "preprocessor_config.json")
+        tokenizer = _read_tokenizer(folder / "tokenizer.json", text.vocab_size)
+        with torch.device("meta"):
+            vit, llm = VisionTransformer(vision), Decoder(text)
+        shapes = {f"visual.{name}": tuple(tensor.shape) for name, tensor in vit.state_dict().items()}
+        shapes |= {name: tuple(tensor.shape) for name, tensor in llm.state_dict().items()}
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        tensors = read_tensors(folder, shapes, text.tie_word_embeddings, DTYPES.get(dtype, dtype), device)
+        visual = {name.removeprefix("visual."): tensors.pop(name) for name in shapes if name.startswith("visual.")}
+        for module, state in ((vit, visual), (llm, tensors)):
+            module.load_state_dict(state, assign=True)
+            module.requires_grad_(False).eval()
+        ends = read_json(folder / "generation_config.json", required=False).get("eos_token_id")
+        ends = ends or sections["text"].get("eos_token_id") or []
+        stop = {tokenizer.token_to_id(SPECIAL["im_end"]), *(ends if isinstance(ends, list) else [ends])}
+        return cls(vit, llm, tokenizer, images, frozenset(stop))
+
+    def prompt(
+        self,
+        image: str | Path | Image.Image,
+        events: str | Path | np.ndarray | Events | None,
+        question: str,
+        sparsity: float = 0.5,
+        *,
+        cell: str = "group",
+        ties: str = "exact",
+        polarity: str = "count",
+        sensor: tuple[int, int] | None = None,
+        window: tuple[float, float] | None = None,
+        order: str | None = None,
+        time_unit: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> Prompt:
+        """Everything up to the model: the mask, the packed patches, the token ids and their dense positions.
+
+        events: a path or an array (formats: `events.read_events`), None for the dense image. sparsity: fraction of cells
+        dropped, in [0, 1). sensor: (width, height) in pixels, the image's own size unless given. window: first and last
+        time in microseconds. cell, ties, polarity: see CHOICES. Pixel limits: the checkpoint's unless given.
+        Raises ValueError that names the value and the remedy.
+        """
+        check_choices(sparsity, cell=cell, ties=ties, polarity=polarity)
+        image, config, limits = read_image(image), self.vit.config, self.images
+        patch, merge = config.patch_size, config.spatial_merge_size
+        low, high = (given if given is not None else own for given, own in
+                     ((min_pixels, limits.min_pixels), (max_pixels, limits.max_pixels)))  # fmt: skip
+        height, width = smart_resize(image.height, image.width, patch * merge, low, high)
+        keep, source = torch.ones(height // patch, width // patch, dtype=torch.bool), "no events"
+        if events is not None:
+            E_v, source = event_map(events, image.size, sensor, window, polarity, order, time_unit)
+            S = motion(resize(E_v, height, width), patch * merge if cell == "group" else patch)  # Eq. 5
+            M = (budget_mask if ties == "exact" else literal_mask)(S, tau=1 - sparsity)  # Eq. 6
+            M = torch.from_numpy(M)
+            keep = M.repeat_interleave(merge, 0).repeat_interleave(merge, 1) if cell == "group" else M
+        groups = keep.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).any(dim=3).any(dim=1)
+        before, after = self._text(question)
+        input_ids = torch.tensor(before + [self.special["image_pad"]] * int(groups.sum()) + after)
+        positions = mrope_positions(len(before), groups, len(after))
+        patches = packed_patches(image, keep, config, limits)  # Eq. 7
+        return Prompt(input_ids, positions, patches, groups, keep, len(before), source)
+
+    def _text(self, question: str) -> tuple[list[int], list[int]]:
+        """Token ids before and after the image. Special tokens are put in by id; a question that spells one is text."""
+
+        def ids(text: str) -> list[int]:
+            self.tokenizer.encode_special_tokens = True  # a state that a copied tokenizer loses, so set at each use
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+        try:
+            question.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"question {question[:40]!a}: holds bytes that are no text; give it in UTF-8") from None
+        start, end, s = self.special["im_start"], self.special["im_end"], self.special
+        system = [start, *ids("system\nYou are a helpful assistant."), end, *ids("\n")]
+        before = [*system, start, *ids("user\n"), s["vision_start"]]
+        return before, [s["vision_end"], *ids(question), end, *ids("\n"), start, *ids("assistant\n")]
+
+    def _embed(self, prompt: Prompt) -> Tensor:
+        """concat(H_v, H_q) of Eq. 4, H_v standing where the image does: (1, L, hidden_size)."""
+        weight = self.vit.patch_embed.proj.weight
+        H_v = self.vit(prompt.patches.to(weight)[None], prompt.keep_patches)  # Eq. 8, 9, 10
+        H_q = self.llm.embed(prompt.input_ids.to(weight.device)[None])
+        start, end = prompt.image_start, prompt.image_start + H_v.shape[1]
+        return torch.cat((H_q[:, :start], H_v, H_q[:, end:]), dim=1)  # Eq. 4
+
+    @torch.inference_mode()
+    def logits(self, prompt: Prompt) -> Tensor:
+        """Scores of the token after each of the prompt's, (L, vocab_size) float32."""
+        return self.llm.logits(self.llm(self._embed(prompt), prompt.position_ids))[0]
+
+    @torch.inference_mode()
+    def tokens(
+        self, prompt: Prompt, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+    ) -> Iterator[int]:
+        """Yields the answer's token ids as they are decided, the end token included. Greedy at temperature 0."""
+        if max_new_tokens < 1:
+            raise ValueError(f"max-new-tokens {max_new_tokens}: give 1 or more")
+        choose = sampler(temperature, top_p, seed)
+        yield from generate(self.llm, self._embed(prompt), prompt.position_ids, max_new_tokens, self.stop, choose)
+
+    def stream(self, prompt: Prompt, max_new_tokens: int = 128, **sampling) -> Iterator[str]:
+        """Yields the answer as text, in pieces that are whole UTF-8; joined they are the answer."""
+        held: list[int] = []
+        for token in self.tokens(prompt, max_new_tokens, **sampling):
+            held.append(token)
+            text = self.tokenizer.decode(held, skip_special_tokens=True)
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character is split between tokens
+                held = []
+                if text:
+                    yield text
+        if rest := self.tokenizer.decode(held, skip_special_tokens=True):
+            yield rest
+
+    def answer(self, image, events, question: str, max_new_tokens: int = 128, temperature: float = 0.0,
+               top_p: float = 1.0, seed: int = 0, **options) -> str:  # fmt: skip
+        """X_a of Eq. 4 as text. `options` are those of `prompt`."""
+        prompt = self.prompt(image, events, question, **options)
+        return "".join(self.stream(prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed))
+
+
+def check_choices(sparsity: float, **chosen: str) -> None:
+    """Raises ValueError unless sparsity is in [0, 1) and each choice is one of CHOICES."""
+    if not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity {sparsity} is not in [0, 1); it is the fraction dropped, 0 keeps everything")
+    for name, value in chosen.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name} {value!r}: give {' or '.join(CHOICES[name])}")
+
+
+def event_map(events, image_size, sensor, window, polarity, order, time_unit) -> tuple[np.ndarray, str]:
+    """E_v at the sensor's size, and what it was made of in words. Sizes are (width, height), window in microseconds."""
+    events = read_events(events, order, time_unit)
+    if isinstance(events, Events):
+        width, height = sensor or image_size
+        events.check_inside(height, width)
+        shown = events.within(*window) if window else events
+        E_v, (start, end) = accumulate(shown, height, width, polarity), window or (shown.span() if len(shown) else (0, 0))
+        source = f"{len(shown)} events in {(end - start) / 1000:.1f} ms"
+    else:
+        E_v, source = events, f"an event map of {events.shape[1]} x {events.shape[0]}"
+        if window or sensor not in (None, events.shape[::-1]):
+            raise ValueError(f"{source} has no times and only its own size; leave --window and --sensor out")
+    if not (len(events) if isinstance(events, Events) else E_v.any()):
+        warnings.warn("the recording holds no events at all; keeping evenly spread cells", stacklevel=3)
+    return E_v, source
+
+
+def _read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; put the tokenizer.json of Qwen2-VL there")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers package raises nothing narrower
+        raise ValueError(f"{path}: not a tokenizer ({error}); fetch it again") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    missing = [text for text in SPECIAL.values() if tokenizer.token_to_id(text) is None]
+    if missing or tokenizer.get_vocab_size() > vocab_size:
+        fault = f"it has no {missing[0]}" if missing else f"{tokenizer.get_vocab_size()} tokens, the model {vocab_size}"
+        raise ValueError(f"{path}: not this model's tokenizer ({fault}); put the checkpoint's own there")
+    return tokenizer
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"epvlm: error: {message} (--help lists the options)\n")
+
+
+def _sensor(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    if not match or "0" in match.groups():
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT in pixels, such as 240x180")
+    return int(match[1]), int(match[2])
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = _Parser("epvlm", description="Answers a question about an image from the patches that move.", allow_abbrev=False)
+    add = parser.add_argument
+    add("image", help="image file")
+    add("events", help="recording or event map, .npy or .npz; the word none for the dense image")
+    add("question", help="what to ask")
+    add("--model", default=DEFAULT_MODEL, help="checkpoint folder or hub id (default: %(default)s)")
+    add("--revision", help="branch, tag or commit of the hub id")
+    add("--sparsity", type=float, default=0.5, help="fraction of cells dropped, in [0, 1) (default: %(default)s)")
+    for name, what in (("cell", "mask cells: 28 or 14 pixels"), ("ties", "exact budget, or Eq. 6 as printed"),
+                       ("polarity", "count events, or add them by sign")):  # fmt: skip
+        add(f"--{name}", choices=CHOICES[name], default=CHOICES[name][0], help=f"{what} (default: %(default)s)")
+    add("--sensor", type=_sensor, metavar="WxH", help="event camera's size in pixels (default: the image's)")
+    add("--window", type=float, nargs=2, metavar=("START", "END"), help="microseconds, both included (default: all)")
+    add("--time-unit", choices=tuple(MICROSECONDS), help="unit of the file's times (default: us)")
+    add("--order", help="columns of a bare N x 4 array, such as txyp (default: found)")
+    add("--min-pixels", type=int, help="smallest model input, pixels (default: the checkpoint's)")
+    add("--max-pixels", type=int, help="largest model input, pixels (default: the checkpoint's)")
+    add("--max-new-tokens", type=int, default=128, help="longest answer, tokens (default: %(default)s)")
+    add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    add("--top-p", type=float, default=1.0, help="probability to draw from (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
+    add("--device", help="such as cpu or cuda (default: cuda if there is one)")
+    add("--dtype", choices=tuple(DTYPES), help="default: the checkpoint's own")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command line's work. The small inputs are read first: a mistake there should not wait for a download."""
+    check_choices(args.sparsity)
+    image = read_image(args.image)
+    events = None if args.events == "none" else read_events(args.events, args.order, args.time_unit)
+    sampler(args.temperature, args.top_p, args.seed)
+    model = EPVLM.from_pretrained(args.model, args.revision, args.device, args.dtype)
+    names = ("sparsity", "cell", "ties", "polarity", "sensor", "window", "min_pixels", "max_pixels")
+    prompt = model.prompt(image, events, args.question, **{name: getattr(args, name) for name in names})
+    print(prompt, file=sys.stderr, flush=True)
+    for piece in model.stream(prompt, args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed):
+        print(piece, end="", flush=True)
+    print()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 0, 2 for bad input (told in one line), 130 when interrupted."""
+    args = parse(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"epvlm: warning: {message}", file=sys.stderr)
+            run(args)
+        return 0
+    except BrokenPipeError:  # the reader of the answer has left: nothing to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError) as error:
+        print(f"epvlm: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,277 @@
+"""From an event camera's recording to the mask: which cells of the image move most.
+
+Equations: 5 (motion of a cell), 6 (the mask; as printed, and with an exact budget).
+
+Glossary
+    x, y, t, p       an event: column and row (pixels), time (microseconds, or the file's unit), polarity (on or off)
+    E_v              event map: events of a time window added up by pixel, first at the sensor's size, then the input's
+    cell             side of a mask cell in pixels: 28 (a merge group, the default) or 14 (a patch, as printed)
+    S                (cells_h, cells_w), Eq. 5: L1 norm of E_v in each cell
+    tau              fraction kept, as in Eq. 6; `sparsity` = 1 - tau is the fraction dropped, as in Table 1
+    mask             (cells_h, cells_w) bool, Eq. 6's M_v^E: True keeps, False drops
+
+What differs from the paper: events are counted whatever their polarity unless asked otherwise (signed sums cancel where
+a pixel flickers), and ties at the quantile are broken so that the budget is met. Most cells of a real map hold no event
+at all; Eq. 6 as printed then keeps every one of them.
+"""
+
+import math
+import warnings
+import zipfile
+import zlib
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+ALIASES = {
+    "x": ("x", "x_pos", "xs"),
+    "y": ("y", "y_pos", "ys"),
+    "t": ("t", "timestamp", "timestamps", "ts", "time"),
+    "p": ("p", "polarity", "polarities", "pol", "ps"),
+}
+MICROSECONDS = {"s": Fraction(10**6), "ms": Fraction(10**3), "us": Fraction(1), "ns": Fraction(1, 1000)}
+CONVERT = (
+    "a pickled object, which is never loaded; if you trust it, convert it: "
+    "python -c \"import numpy as np; d = np.load('{0}', allow_pickle=True).item(); "
+    "np.savez('{1}.npz', x=d['x'], y=d['y'], t=d['t'], p=d['p'])\""
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Events:
+    """A recording, N events in any order. The columns are views of the file or the caller's array, never written to."""
+
+    name: str
+    x: np.ndarray  # (N,) pixels
+    y: np.ndarray  # (N,) pixels
+    t: np.ndarray  # (N,) in `unit`
+    p: np.ndarray  # (N,) 0 / 1, -1 / +1 or bool
+    unit: str  # a key of MICROSECONDS
+
+    def __len__(self) -> int:
+        return len(self.t)
+
+    def span(self) -> tuple[float, float]:
+        """First and last time, in microseconds."""
+        return tuple(float(Fraction(end.item()) * MICROSECONDS[self.unit]) for end in (self.t.min(), self.t.max()))
+
+    @cached_property
+    def extent(self) -> tuple[int, int, int, int]:
+        """Smallest and largest x, smallest and largest y."""
+        return tuple(int(end) for column in (self.x, self.y) for end in (column.min(), column.max()))
+
+    def check_inside(self, height: int, width: int) -> None:
+        """Raises ValueError, telling their extent, if events lie outside a sensor of this size."""
+        if not len(self):
+            return
+        left, right, top, bottom = self.extent
+        if min(left, top) < 0 or right >= width or bottom >= height:
+            raise ValueError(
+                f"{self.name}: events cover x {left} to {right} and y {top} to {bottom}, which is not inside {width} x "
+                f"{height} pixels; give the sensor's size, such as --sensor {max(right + 1, 1)}x{max(bottom + 1, 1)}"
+            )
+
+    def within(self, start: float, end: float) -> "Events":
+        """The events from `start` to `end`, both included, in microseconds on the recording's clock.
+
+        Raises ValueError if the times are no window, or if the recording has events but none inside.
+        """
+        if not -math.inf < start <= end < math.inf:
+            raise ValueError(f"window {start:g} {end:g}: the start must not lie after the end, both in microseconds")
+        low, high = Fraction(start) / MICROSECONDS[self.unit], Fraction(end) / MICROSECONDS[self.unit]
+        low, high = (math.ceil(low), math.floor(high)) if self.t.dtype.kind in "iu" else (float(low), float(high))
+        chosen = (self.t >= low) & (self.t <= high)
+        if len(self) and not chosen.any():
+            first, last = self.span()
+            raise ValueError(
+                f"{self.name}: no event from {start:.15g} to {end:.15g} us; the recording goes from {first:.15g} to "
+                f"{last:.15g} us: choose --window (and --time-unit) to match"
+            )
+        return Events(self.name, *(column[chosen] for column in (self.x, self.y, self.t, self.p)), self.unit)
+
+
+def read_events(source, order: str | None = None, time_unit: str | None = None) -> Events | np.ndarray:
+    """Reads a recording, or an event map that is already accumulated (returned as it is, (H, W) numbers).
+
+    source: a path or an array. Arrays and .npy: a structured array with fields in any order (see ALIASES); a bare N x 4
+    array, whose time column is found or told by `order` (such as "txyp"); any other two-dimensional array is a map.
+    .npz: `event_data` (N-ImageNet), or x, y, t, p, or a single array. time_unit is that of the file: s, ms, us (the
+    default) or ns. Raises ValueError naming the file and the remedy. Nothing is ever unpickled.
+    """
+    if time_unit not in (None, *MICROSECONDS):
+        raise ValueError(f"time unit {time_unit!r}: give one of {', '.join(MICROSECONDS)}")
+    name, data = ("the events", source) if isinstance(source, np.ndarray) else (str(source), _load(str(source)))
+    if isinstance(data, np.ndarray) and not data.dtype.names:
+        if data.ndim != 2 or data.dtype.kind not in "biuf":
+            raise ValueError(
+                f"{name}: {data.dtype} array of shape {data.shape}; give fields x, y, t, p, an N x 4 array or an H x W map"
+            )
+        if data.shape[1] != 4:
+            return _checked_map(name, data)
+        data = _split_columns(name, data, order)
+    columns = [np.ravel(data[field]) for field in _fields(name, data)]
+    return _checked_events(Events(name, *columns, time_unit or "us"), warn=time_unit is None)
+
+
+def _load(path: str):
+    """What a .npy or .npz file holds: an array, or a dict of arrays."""
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(6)
+        if magic[:1] == b"\x80":
+            raise ValueError("pickled")
+        if magic[:6] != b"\x93NUMPY" and magic[:2] != b"PK":
+            raise ValueError("neither .npy nor .npz; read it with your own tool (numpy.loadtxt for text) and numpy.save it")
+        data = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(data, np.ndarray):
+            return data
+        with data:
+            names = ["event_data"] if "event_data" in data.files else data.files
+            arrays = {name: data[name] for name in names}
+        return next(iter(arrays.values())) if len(arrays) == 1 else arrays
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; give a .npy or .npz of events, or the word none") from None
+    except (ValueError, EOFError, OSError, KeyError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        if "pickled" in reason or "object" in reason.lower():
+            reason = CONVERT.format(path, Path(path).stem)
+        raise ValueError(f"{path}: cannot be read as events: {reason}") from None
+
+
+def _fields(name: str, data) -> list:
+    """The keys of x, y, t, p in a structured array or a dict, by their usual names."""
+    present = {key.lower(): key for key in (data.dtype.names if isinstance(data, np.ndarray) else data)}
+    found = [next((present[a] for a in aliases if a in present), None) for aliases in ALIASES.values()]
+    if None in found:
+        missing = [column for column, key in zip(ALIASES, found, strict=True) if key is None]
+        raise ValueError(f"{name}: has {', '.join(present) or 'nothing'} but no {', '.join(missing)}; rename to x, y, t, p")
+    return found
+
+
+def _split_columns(name: str, rows: np.ndarray, order: str | None) -> dict[str, np.ndarray]:
+    """Names the columns of an N x 4 array. Time is the non-decreasing column of largest range, polarity the one that
+    holds only -1, 0, 1; of the other two x comes first, as in every layout in use. Doubt is an error, not a guess."""
+    columns = list(rows.T)
+    if order is None and len(rows):
+        with np.errstate(invalid="ignore"):
+            spans = {c: float(v[-1]) - float(v[0]) for c, v in enumerate(columns) if (v[1:] >= v[:-1]).all()}
+        longest = sorted(spans, key=spans.get, reverse=True)
+        doubt = not longest or (len(longest) > 1 and spans[longest[0]] == spans[longest[1]])
+        doubt = doubt or any(_fractions(columns[c]) and not _fractions(columns[longest[0]]) for c in longest[1:])
+        others = [c for c in range(4) if not doubt and c != longest[0]]
+        polar = [c for c in others if np.isin(columns[c], (-1, 0, 1)).all()]
+        if doubt or len(polar) != 1:
+            raise ValueError(f"{name}: which of its 4 columns are x, y, t, p is not certain; say --order, such as --order txyp")
+        x, y = (c for c in others if c != polar[0])
+        columns = [columns[c] for c in (x, y, longest[0], polar[0])]
+        order = "xytp"
+    order = order or "xytp"
+    if sorted(order) != sorted("xytp"):
+        raise ValueError(f"order {order!r}: give the letters x, y, t, p once each, such as txyp")
+    return dict(zip(order, columns, strict=True))
+
+
+def _fractions(values: np.ndarray) -> bool:
+    return values.dtype.kind == "f" and bool((values != np.floor(values)).any())
+
+
+def _checked_map(name: str, data: np.ndarray) -> np.ndarray:
+    if data.size == 0 or not np.isfinite(data).all():
+        raise ValueError(f"{name}: event map of shape {data.shape} is empty or holds values that are not finite")
+    return data
+
+
+def _checked_events(events: Events, warn: bool) -> Events:
+    """Raises ValueError for columns no sensor could have written; warns where the time unit is likely another."""
+    name, allowed = events.name, {"x": "iuf", "y": "iuf", "t": "iuf", "p": "biuf"}
+    for column, kinds in allowed.items():
+        values = getattr(events, column)
+        if values.dtype.kind not in kinds:
+            raise ValueError(f"{name}: {column} is of type {values.dtype}; store numbers")
+        if len(values) != len(events):
+            raise ValueError(f"{name}: {len(values)} values of {column} but {len(events)} of t; store one of each an event")
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise ValueError(f"{name}: {column} holds NaN or infinity; drop those events")
+        if column in "xy" and _fractions(values):
+            raise ValueError(f"{name}: {column} holds fractions of a pixel; round them to whole pixels")
+    if len(events):
+        low, high = events.p.min(), events.p.max()
+        if low < -1 or high > 1 or _fractions(events.p) or (low < 0 and (events.p == 0).any()):
+            raise ValueError(f"{name}: polarities from {low} to {high}; store 0 and 1, -1 and +1, or bool")
+        span = events.t.max() - events.t.min()
+        if warn and span < 1e6 and _fractions(events.t):
+            warnings.warn(
+                f"{name}: times have fractions and span only {span:.6g}; taken as microseconds, "
+                "if they are not, say --time-unit s, ms or ns (or us, to silence this)",
+                stacklevel=3,
+            )
+    return events
+
+
+def accumulate(events: Events, height: int, width: int, polarity: str = "count") -> np.ndarray:
+    """E_v at the sensor's size, (height, width) int64: events by pixel, or on minus off ("signed").
+
+    Raises ValueError if events lie outside.
+    """
+    events.check_inside(height, width)
+    pixel = events.y.astype(np.int64) * width + events.x.astype(np.int64)
+    counts = np.bincount(pixel, minlength=height * width)
+    if polarity == "signed":  # on - off = 2 on - all
+        counts = 2 * np.bincount(pixel[events.p > 0], minlength=height * width) - counts
+    return counts.reshape(height, width)
+
+
+def resize(E_v: np.ndarray, height: int, width: int) -> np.ndarray:
+    """E_v at the model's input size, (height, width) float64, weighted by area: a pixel's events spread evenly over what
+    it covers, so that none is skipped when shrinking.
+
+    The unit is 1 / (height * width) of an event: counts stay whole numbers, cells with equal counts stay equal and
+    empty ones zero. Example, one row: [3, 1] to 3 pixels gives [6, 4, 2], the sum times 3.
+    """
+    return _resize_rows(_resize_rows(E_v.astype(np.float64), height).T, width).T
+
+
+def _resize_rows(rows: np.ndarray, target: int) -> np.ndarray:
+    """Cuts the axis at every edge of both grids; each piece lies in one old row and in one new one."""
+    source = len(rows)
+    edges = np.union1d(np.arange(source + 1) * target, np.arange(target + 1) * source)
+    pieces = rows[edges[:-1] // target] * np.diff(edges)[:, None]
+    return np.add.reduceat(pieces, np.searchsorted(edges, np.arange(target) * source), axis=0)
+
+
+def motion(E_v: np.ndarray, cell: int) -> np.ndarray:
+    """Eq. 5: S, the L1 norm of E_v in each cell. E_v (H, W), sides multiples of `cell`; returns (H/cell, W/cell)."""
+    cells_h, cells_w = E_v.shape[0] // cell, E_v.shape[1] // cell
+    return np.abs(E_v).reshape(cells_h, cell, cells_w, cell).sum(axis=(1, 3))  # Eq. 5
+
+
+def literal_mask(S: np.ndarray, tau: float) -> np.ndarray:
+    """Eq. 6 as printed: keep where S reaches its (1 - tau) quantile (linearly interpolated). Keeps all that tie with it."""
+    place = round((1 - tau) * (S.size - 1), 9)  # 9 decimals: 1 - 0.7 is not 0.3 in floating point
+    ordered = np.sort(S, axis=None)
+    below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
+    quantile = below + (place - math.floor(place)) * (above - below)
+    return S >= quantile  # Eq. 6
+
+
+def budget_mask(S: np.ndarray, tau: float) -> np.ndarray:
+    """Eq. 6 with ties broken by a fixed, evenly spread order: keeps exactly as many cells as the quantile leaves when
+    nothing ties, n - ceil((1 - tau) (n - 1)) of n. Without ties it is `literal_mask`; more sparsity keeps a subset."""
+    kept = S.size - math.ceil(round((1 - tau) * (S.size - 1), 9))
+    most_first = np.lexsort((spread_order(*S.shape).ravel(), -S.ravel()))
+    mask = np.zeros(S.size, dtype=bool)
+    mask[most_first[:kept]] = True  # Eq. 6
+    return mask.reshape(S.shape)
+
+
+def spread_order(cells_h: int, cells_w: int) -> np.ndarray:
+    """A rank for each cell, (cells_h, cells_w) int64, such that every first part of the order covers the grid evenly:
+    the Bayer matrix of ordered dithering. Example, 2 x 2: [[0, 2], [3, 1]], a chessboard's one colour first."""
+    row, column = np.indices((cells_h, cells_w))
+    rank = np.zeros((cells_h, cells_w), dtype=np.int64)
+    for bit in range(max(cells_h, cells_w).bit_length()):  # the lowest bit of a coordinate decides most
+        rank = 4 * rank + 2 * ((row ^ column) >> bit & 1) + (row >> bit & 1)
+    return rank

@@ -1,0 +1,223 @@
+"""The language model: Qwen2's decoder, told where each kept visual token stands in the dense image.
+
+Equations: 4 (X_a = f(concat(H_v, H_q)): `Decoder` is f, `generate` reads the answer off it). M-RoPE, the decoder's own
+position embedding, is not in the paper; the rule is that of Eq. 8: dense positions, then packed.
+
+Glossary
+    L                tokens of the prompt: text, and one for each group kept
+    positions        (3, L) int64, M-RoPE: time, row and column of every token
+    keep             (groups_h, groups_w) bool, the mask by group: True keeps, False drops
+    hidden           (B, L, hidden_size), B = 1 when answering
+    cache            keys and values of the tokens seen so far, preallocated
+    angles           (..., L, head_dim/2) float32, half-split pairing
+
+What differs from plain Qwen2-VL: the positions of the image are packed, and text goes on after the DENSE image, so
+dropping tokens moves no other token. Module names are the published tensor names.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rope2d import cos_sin, pack, rotate
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """config.json's text_config; the defaults are those of Qwen2VLTextConfig."""
+
+    vocab_size: int = 152064
+    hidden_size: int = 8192
+    intermediate_size: int = 29568
+    num_hidden_layers: int = 80
+    num_attention_heads: int = 64
+    num_key_value_heads: int = 8
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1000000.0
+    mrope_section: tuple[int, ...] = (16, 24, 24)  # frequencies turned by time, row, column
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self):
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if self.hidden_size % heads or heads % groups:
+            raise ValueError(f"hidden_size {self.hidden_size}, {heads} heads and {groups} key-value heads do not divide")
+        if len(self.mrope_section) != 3 or 2 * sum(self.mrope_section) != self.head_dim:
+            raise ValueError(f"mrope_section {self.mrope_section} must be three numbers, half of head_dim {self.head_dim}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+def mrope_positions(before: int, keep: Tensor, after: int) -> Tensor:
+    """Time, row and column of every token: `before` tokens of text, the kept groups of one image, `after` of text.
+
+    keep (groups_h, groups_w) bool. Returns (3, L) int64. The image stands at c = before: t = c, h = c + row, w = c +
+    column; text goes on at c + max(groups_h, groups_w), whatever was dropped. Source: get_rope_index in transformers'
+    modeling_qwen2_vl.py. Example, before = 1, after = 2, keep = [[1, 0, 1]] (the middle group is dropped):
+        t = 0 1 1 4 5,  h = 0 1 1 4 5,  w = 0 1 3 4 5
+    """
+    groups_h, groups_w = keep.shape
+    row, column = torch.meshgrid(torch.arange(groups_h), torch.arange(groups_w), indexing="ij")
+    image = torch.stack((torch.zeros_like(row), row, column)).flatten(1) + before  # (3, groups_h * groups_w)
+    image = pack(image, keep.flatten().cpu(), dim=1)  # as Eq. 8: dense positions, packed
+    text = torch.arange(before), torch.arange(after) + before + max(groups_h, groups_w)
+    return torch.cat((text[0].expand(3, -1), image, text[1].expand(3, -1)), dim=1)
+
+
+def mrope_angles(positions: Tensor, config: DecoderConfig) -> Tensor:
+    """positions (3, ..., L) to angles (..., L, head_dim/2) float32: the first section of the frequencies turns by time,
+    the second by row, the third by column (in chunks, not interleaved)."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
+    angles = positions.unsqueeze(-1).float() * (1.0 / config.rope_theta**exponents)  # (3, ..., L, head_dim/2)
+    chunks = angles.split(config.mrope_section, dim=-1)
+    return torch.cat([chunk[axis] for axis, chunk in enumerate(chunks)], dim=-1)
+
+
+class KVCache:
+    """Room for the keys and values of `length` tokens, allocated once: (layers, B, kv_heads, length, head_dim)."""
+
+    def __init__(self, config: DecoderConfig, length: int, like: Tensor):
+        shape = config.num_hidden_layers, len(like), config.num_key_value_heads, length, config.head_dim
+        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
+        self.filled = 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k, v (B, kv_heads, new, head_dim) after the tokens held, and returns all of the layer's."""
+        end = self.filled + k.shape[2]
+        self.keys[layer, :, :, self.filled : end] = k
+        self.values[layer, :, :, self.filled : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:  # normalised in float32, cast back, then times the weight
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped queries: several query heads share one head of keys and values."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, self.head_dim)) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)  # (B, kv_heads, seen + L, head_dim)
+        new, seen = q.shape[2], k.shape[2] - q.shape[2]
+        mask = None  # one new token sees everything; several after others need their triangle spelled out
+        if new > 1 and seen:
+            mask = torch.ones(new, seen + new, dtype=torch.bool, device=x.device).tril(seen)
+        causal = new > 1 and not seen
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """f of Eq. 4. The head shares the embedding's weights where the checkpoint ties them (2B)."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict()
+        self.model["embed_tokens"] = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model["layers"] = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.model["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids (B, L) int64 to (B, L, hidden_size): H_q of Eq. 4 where they are text."""
+        return self.model["embed_tokens"](ids)
+
+    def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache | None = None) -> Tensor:
+        """hidden (B, L, hidden_size) and positions (3, L) or (3, B, L) of tokens that follow those in `cache`.
+
+        Returns the last layer's output, normalised, (B, L, hidden_size); `logits` turns it into scores.
+        """
+        cos, sin = cos_sin(mrope_angles(positions.to(hidden.device), self.config), hidden.dtype)
+        for number, layer in enumerate(self.model["layers"]):
+            hidden = layer(hidden, cos, sin, cache, number)
+        if cache is not None:
+            cache.filled += hidden.shape[1]
+        return self.model["norm"](hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., hidden_size) to (..., vocab_size) float32."""
+        head = self.model["embed_tokens"] if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(hidden, head.weight).float()
+
+
+def sampler(temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Callable[[Tensor], int]:
+    """How the next token is chosen from logits (vocab_size,): the largest at temperature 0, else drawn from the smallest
+    set of tokens that holds `top_p` of the probability. Raises ValueError for settings out of range."""
+    if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
+        raise ValueError(f"temperature {temperature} must be 0 or more, top-p {top_p} above 0 and at most 1")
+    generator = torch.Generator().manual_seed(seed)
+
+    def choose(logits: Tensor) -> int:
+        if temperature == 0:
+            return int(logits.argmax())
+        probability, token = (logits.cpu() / temperature).softmax(-1).sort(descending=True)
+        probability[probability.cumsum(-1) - probability >= top_p] = 0  # what the tokens before it already fill
+        return int(token[torch.multinomial(probability, 1, generator=generator)])
+
+    return choose
+
+
+def generate(decoder: Decoder, prompt: Tensor, positions: Tensor, limit: int, stop: frozenset[int], choose) -> Iterator[int]:
+    """Yields up to `limit` token ids as they are decided, the one in `stop` that ends the answer included.
+
+    prompt (1, L, hidden_size); positions (3, L). Token n of the answer stands at the prompt's largest DENSE position
+    + 1 + n on all three axes: not at L + n, since L counts the kept tokens only.
+    """
+    cache = KVCache(decoder.config, prompt.shape[1] + limit, like=prompt)
+    hidden, position = decoder(prompt, positions, cache), positions[:, -1:]
+    for n in range(limit):
+        token = choose(decoder.logits(hidden[0, -1]))
+        yield token
+        if token in stop or n == limit - 1:
+            return
+        position = position + 1
+        hidden = decoder(decoder.embed(torch.tensor([[token]], device=prompt.device)), position, cache)

@@ -1,0 +1,227 @@
+"""From an image to visual tokens: patches, and the vision transformer that sees only those the mask keeps.
+
+Equations: 1 and 3 (the dense case, nothing dropped), 7 and 8 (Pack), 9 (the transformer g), 10 (the merger MLP_W).
+
+Glossary
+    X_v              the image after smart_resize, (H, W, 3) uint8, H and W multiples of 28 pixels
+    p                patch side, 14 pixels; M_v the merge size, 2 patches; a group is M_v x M_v patches, 28 pixels
+    N, N'            patches of the dense image, (H/14) * (W/14), and patches kept
+    keep             (grid_h, grid_w) bool, the mask by patch: True keeps, False drops
+    X~_v, R~^2D      packed patches (N', 1176) and packed rotary angles (N', head_dim/2)
+    Z_v, H_v         the transformer's output (N', embed_dim); visual tokens (groups kept, hidden_size)
+    B                leading batch dimension, 1 when answering
+
+What differs from plain Qwen2-VL: dropped patches are never normalised, embedded, attended to or merged. With every
+patch kept it is plain Qwen2-VL. Module names are the published tensor names.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from rope2d import cos_sin, group_order, pack, rope_2d, rotate
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """preprocessor_config.json: limits in pixels of the resized image, and the statistics of the training images."""
+
+    min_pixels: int = 3136
+    max_pixels: int = 12845056
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """config.json's vision_config; the defaults are those of Qwen2VLVisionConfig."""
+
+    depth: int = 32
+    embed_dim: int = 1280
+    num_heads: int = 16
+    mlp_ratio: int = 4
+    hidden_size: int = 3584  # width of the decoder
+    in_channels: int = 3
+    patch_size: int = 14  # pixels
+    temporal_patch_size: int = 2  # frames; a still image stands for both
+    spatial_merge_size: int = 2  # patches
+    rope_theta: float = 10000.0
+
+    def __post_init__(self):
+        if self.embed_dim % (4 * self.num_heads):
+            raise ValueError(f"vision embed_dim {self.embed_dim} is no multiple of 4 x {self.num_heads} heads")
+
+
+def read_image(image: str | Path | Image.Image) -> Image.Image:
+    """An image file or a PIL image of any mode, upright, as 8-bit RGB.
+
+    Transparency is laid on white, 16-bit grey is scaled to 8 bits. ValueError names a file that is no whole image.
+    """
+    name = "the image" if isinstance(image, Image.Image) else str(image)
+    try:
+        image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"{name}: no such file; give the path of an image") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name}: not an image that can be read ({reason}); give a whole PNG or JPEG") from error
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The model's input size (H, W) for an image, in pixels: multiples of `factor`, area within the limits.
+
+    Rounds half to even, as the published preprocessing does: factor 28 takes 42 to 56 and 70 to 56. Raises ValueError
+    when one side is over 200 times the other. Source: smart_resize in transformers' image_processing_qwen2_vl.py.
+    """
+    if max(height, width) > 200 * min(height, width):
+        raise ValueError(f"an image of {width} x {height} pixels has sides over 200 : 1; crop it")
+    if not 0 < min_pixels <= max_pixels:
+        raise ValueError(f"min-pixels {min_pixels} and max-pixels {max_pixels} must be positive and in this order")
+    h, w = (round(side / factor) * factor for side in (height, width))
+    if h * w > max_pixels:
+        beta = math.sqrt(height * width / max_pixels)
+        h, w = (max(factor, math.floor(side / beta / factor) * factor) for side in (height, width))
+    elif h * w < min_pixels:
+        beta = math.sqrt(min_pixels / (height * width))
+        h, w = (math.ceil(side * beta / factor) * factor for side in (height, width))
+    return h, w
+
+
+def patchify(pixels: Tensor, patch_size: int = 14, merge: int = 2) -> Tensor:
+    """Patches(X_v) of Eq. 1: pixels (H, W, 3) to (N, 3, p, p), same dtype, group after group."""
+    p = patch_size
+    grid = pixels.unflatten(1, (-1, p)).unflatten(0, (-1, p))  # (grid_h, p, grid_w, p, 3)
+    return group_order(grid.permute(0, 2, 4, 1, 3), merge)
+
+
+def unpatchify(patches: Tensor, grid_h: int, grid_w: int, merge: int = 2) -> Tensor:
+    """The inverse of `patchify`: (N, 3, p, p) back to pixels (H, W, 3)."""
+    grid = patches.unflatten(0, (grid_h // merge, grid_w // merge, merge, merge))
+    return grid.permute(0, 2, 5, 1, 3, 6, 4).flatten(3, 4).flatten(0, 2)
+
+
+def packed_patches(image: Image.Image, keep: Tensor, config: VisionConfig, norm: ImageConfig) -> Tensor:
+    """X~_v: the kept patches of an RGB image, normalised, each frame standing for all T of a still image.
+
+    keep (grid_h, grid_w) bool also sets the input size, grid * 14 pixels. Returns (N', 3 * T * p * p) float32.
+    Pillow's bicubic filter is part of the model: other resamplers move pixels by up to 23 levels.
+    """
+    height, width = (side * config.patch_size for side in keep.shape)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    X_v = torch.from_numpy(np.array(image))  # (H, W, 3) uint8
+    patches = pack(patchify(X_v, config.patch_size, config.spatial_merge_size), _rows(keep, config))  # Eq. 7
+    mean, std = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (norm.image_mean, norm.image_std))
+    patches = (patches / 255.0 - mean) / std  # (N', 3, p, p)
+    return patches.unsqueeze(2).expand(-1, -1, config.temporal_patch_size, -1, -1).flatten(1)
+
+
+def _rows(keep: Tensor, config: VisionConfig) -> Tensor:
+    return group_order(keep, config.spatial_merge_size)  # (N,) bool, in the order of the patches
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        kernel = (config.temporal_patch_size, config.patch_size, config.patch_size)
+        self.proj = nn.Conv3d(config.in_channels, config.embed_dim, kernel, stride=kernel, bias=False)
+
+    def forward(self, patches: Tensor) -> Tensor:  # (B, N', 1176) -> (B, N', embed_dim)
+        return patches @ self.proj.weight.flatten(1).T  # a convolution that never overlaps is one product
+
+
+class Attention(nn.Module):
+    """Full attention among the packed patches of one image."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
+        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+
+    def forward(self, z: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = self.qkv(z).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # each (B, N', heads, head_dim)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.embed_dim, config.embed_dim * config.mlp_ratio)
+        self.fc2 = nn.Linear(config.embed_dim * config.mlp_ratio, config.embed_dim)
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = self.fc1(z)
+        return self.fc2(z * torch.sigmoid(1.702 * z))  # QuickGELU
+
+
+class Block(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.embed_dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(config.embed_dim, eps=1e-6)
+        self.attn = Attention(config)
+        self.mlp = MLP(config)
+
+    def forward(self, z: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        z = z + self.attn(self.norm1(z), cos, sin)
+        return z + self.mlp(self.norm2(z))
+
+
+class Merger(nn.Module):
+    """MLP_W of Eq. 3 and 10: the M_v x M_v patches of a group become one token of the decoder's width."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.slots = config.spatial_merge_size**2
+        joined = config.embed_dim * self.slots
+        self.ln_q = nn.LayerNorm(config.embed_dim, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(joined, joined), nn.GELU(), nn.Linear(joined, config.hidden_size))
+
+    def forward(self, Z_v: Tensor, keep: Tensor) -> Tensor:
+        """Z_v (B, N', embed_dim); keep (N,) bool in group order. Returns H_v (B, groups kept, hidden_size).
+
+        A group survives if any of its patches does; what it lacks (only with the paper's literal 14-pixel mask) is
+        zero in its own slot. Example: patches a, d of a group kept gives the joined row [a, 0, 0, d].
+        """
+        members = keep.view(-1, self.slots)
+        members = members[members.any(dim=1)]  # (groups kept, M_v^2)
+        if not members.all():
+            whole = Z_v.new_zeros(len(Z_v), members.numel(), Z_v.shape[-1])
+            whole[:, members.flatten()] = Z_v
+            Z_v = whole
+        return self.mlp(self.ln_q(Z_v).unflatten(1, (-1, self.slots)).flatten(2))
+
+
+class VisionTransformer(nn.Module):
+    """g of Eq. 9 and MLP_W of Eq. 10, on packed patches. With nothing dropped these are Eq. 1 and 3."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.merger = Merger(config)
+
+    def forward(self, patches: Tensor, keep: Tensor) -> Tensor:
+        """patches (B, N', 1176) in the weights' dtype; keep (grid_h, grid_w) bool. Returns H_v (B, tokens, hidden_size)."""
+        config, rows = self.config, _rows(keep, self.config).to(patches.device)
+        R_2D = rope_2d(*keep.shape, config.embed_dim // config.num_heads, config.rope_theta, config.spatial_merge_size)
+        cos, sin = cos_sin(pack(R_2D.to(patches.device), rows))  # Eq. 8: computed on the dense grid, then packed
+        z = self.patch_embed(patches)
+        for block in self.blocks:
+            z = block(z, cos, sin)  # Eq. 9
+        return self.merger(z, rows)  # Eq. 10

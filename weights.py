@@ -1,0 +1,227 @@
+"""Reads a Qwen2-VL checkpoint as it is published: its JSON settings, and safetensors in one file or in shards.
+
+No equation stands here. The paper is training-free: the weights are those of Qwen2-VL, untouched.
+
+Glossary
+    folder           the checkpoint's folder, the user's own or one in huggingface_hub's cache
+    sections         config.json sorted into "vision", "text" and "root", whichever of its four layouts it has
+    shapes           tensor name -> shape of every tensor the model has; names as published (visual., model., lm_head.)
+
+What differs from plain Qwen2-VL: only the strictness. Every tensor in the files is accounted for; one that is missing,
+unexpected or misshapen is an error that names it and both shapes. Nothing is unpickled, no code of a checkpoint runs.
+"""
+
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import NamedTuple, get_args, get_origin
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import disable_progress_bars
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+FILES = ["*config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+RENAMED = {"model.visual.": "visual.", "model.language_model.": "model."}  # newer spelling -> published spelling
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def fetch(model: str | Path, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: `model` itself if it is one, else the hub's repository of that name, downloaded into
+    huggingface_hub's cache (its progress bars show on a terminal only). Raises ValueError with the remedy."""
+    folder = Path(model).expanduser()
+    if folder.exists() or folder.is_absolute() or str(model).startswith((".", "~")):
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{model}: no Qwen2-VL checkpoint, there is no config.json in it; give a folder or a hub id")
+        return folder
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=FILES))
+    except HFValidationError:
+        reason = "neither a folder nor a hub id such as Qwen/Qwen2-VL-2B-Instruct; correct --model"
+    except LocalEntryNotFoundError:
+        reason = "not in the local cache, and the hub cannot be reached; connect once, or give a folder: --model DIR"
+    except Exception as error:  # whatever the hub's client and its network library raise
+        reason = f"cannot be downloaded ({type(error).__name__}); check the name, --revision and your access to it"
+    raise ValueError(f"{model}: {reason}")
+
+
+def read_json(path: Path, required: bool = True) -> dict:
+    """A JSON object from a file; {} where an optional file is missing. Raises ValueError naming the file."""
+    if not required and not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; the checkpoint is not complete, fetch it again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error}); fetch the checkpoint again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, not an object; fetch the checkpoint again")
+    return content
+
+
+def read_config(folder: Path) -> dict[str, dict]:
+    """config.json as {"vision": ..., "text": ..., "root": ...}, the same whichever way it is laid out.
+
+    Published files keep the decoder's values at the root, newer ones nest them in text_config, some do both; rotary
+    settings are `rope_theta` beside `rope_scaling`, or both within `rope_parameters`. Values absent from the file are
+    left out: the dataclasses hold Qwen2-VL's own defaults, which such files rely on. Source: Qwen2VLConfig in
+    transformers' configuration_qwen2_vl.py. Raises ValueError if it describes another model.
+    """
+    path = folder / "config.json"
+    root = read_json(path)
+    if root.get("model_type") != "qwen2_vl":
+        raise ValueError(f"{path}: model_type is {root.get('model_type')!r}, not 'qwen2_vl'; give a Qwen2-VL checkpoint")
+    vision = _object(path, root, "vision_config")
+    text = {**root, **_object(path, root, "text_config")}
+    vision.setdefault("in_channels", vision.get("in_chans", 3))
+    text["tie_word_embeddings"] = bool(root.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    for section in (vision, text):
+        rope = {**_object(path, section, "rope_scaling"), **_object(path, section, "rope_parameters")}
+        section.update((key, rope[key]) for key in ("rope_theta", "mrope_section") if key in rope)
+    kind = rope.get("rope_type", rope.get("type", "mrope"))
+    if kind not in ("default", "mrope") or text.get("use_sliding_window") or text.get("hidden_act", "silu") != "silu":
+        raise ValueError(
+            f"{path}: rotary type {kind!r}, sliding window {text.get('use_sliding_window')} and activation "
+            f"{text.get('hidden_act')!r} are not those of Qwen2-VL; give a published checkpoint"
+        )
+    return {"vision": vision, "text": text, "root": root}
+
+
+def read_image_config(folder: Path) -> dict:
+    """The image settings, flat: min_pixels and max_pixels stand at the root of preprocessor_config.json or within its
+    `size`, there also as shortest_edge and longest_edge; newer files keep it all inside processor_config.json."""
+    section = read_json(folder / "preprocessor_config.json", required=False)
+    section = section or read_json(folder / "processor_config.json", required=False).get("image_processor") or {}
+    size = section.get("size") or {}
+    for key, newer in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        value = section.get(key) or size.get(key) or size.get(newer)
+        section = {**section, key: value} if value else {k: v for k, v in section.items() if k != key}
+    return section
+
+
+def _object(path: Path, section: dict, key: str) -> dict:
+    value = section.get(key) or {}
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: {key} is {value!r}, not an object; fetch the checkpoint again")
+    return dict(value)
+
+
+def fill(config_class: type, section: dict, path: Path):
+    """A frozen config dataclass from a section of a JSON file: unknown keys are left, absent ones take the default.
+
+    Raises ValueError, naming file and key, for a value of the wrong type or a number that is not positive.
+    """
+    values = {}
+    for field in fields(config_class):
+        if field.name not in section:
+            continue
+        value, several = section[field.name], get_origin(field.type) is tuple
+        kind = get_args(field.type)[0] if several else field.type
+        items = value if several and isinstance(value, list) else [value]
+        if not all(_fits(item, kind) for item in items) or several != isinstance(value, list):
+            what = f"{'a list of ' if several else 'a '}positive {kind.__name__}"
+            raise ValueError(f"{path}: {field.name} is {value!r}, not {what}; fetch the checkpoint again")
+        values[field.name] = tuple(map(kind, items)) if several else kind(value)
+    try:
+        return config_class(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; fetch the checkpoint again") from None
+
+
+def _fits(value, kind: type) -> bool:
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    return isinstance(value, (int, float) if kind is float else kind) and value > 0
+
+
+def read_tensors(folder: Path, shapes: dict[str, tuple], tied: bool, dtype=None, device=None) -> dict[str, Tensor]:
+    """Every tensor of the checkpoint by its published name, all checked against `shapes` before one is read.
+
+    Tensors are memory-mapped and used as they lie: nothing is copied where the file has the dtype asked for (None: that
+    of its embedding) and the device is the CPU. Else they are converted one by one, each from a mapping of its own that
+    is given back at once, so that two copies of the weights are never held. Raises ValueError.
+    """
+    place = _places(folder)
+    _check(folder, place, shapes, tied)
+    dtype = dtype or place[EMBEDDING].dtype
+    maps = {shard.path: _open(shard.path) for shard in place.values()}
+    tensors = {}
+    for name, entry in place.items():
+        as_it_lies = entry.dtype == dtype and torch.device(device or "cpu").type == "cpu"
+        file = maps[entry.path] if as_it_lies else _open(entry.path)
+        tensors[name] = file.get_tensor(entry.name).to(device=device, dtype=dtype)
+    if tied and HEAD in tensors and not torch.equal(tensors.pop(HEAD), tensors[EMBEDDING]):
+        raise ValueError(f"{place[HEAD].path}: {HEAD} differs from the embedding config.json ties it to; correct one of them")
+    return tensors
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies: its name as the file spells it, the file, and what the file's header says of it."""
+
+    name: str
+    path: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _places(folder: Path) -> dict[str, Entry]:
+    """Published name -> entry, for every tensor of every shard."""
+    places: dict[str, Entry] = {}
+    for path in _shards(folder):
+        file = _open(path)
+        for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+            header = file.get_slice(name)
+            if header.get_dtype() not in DTYPES:
+                raise ValueError(f"{path}: {name} is of type {header.get_dtype()}; give a checkpoint in one of {', '.join(DTYPES)}")
+            published = name
+            for newer, older in RENAMED.items():
+                published = older + name[len(newer) :] if name.startswith(newer) else published
+            if published in places:
+                raise ValueError(f"{path}: {name} is stored already in {places[published].path.name}; remove one of them")
+            places[published] = Entry(name, path, tuple(header.get_shape()), DTYPES[header.get_dtype()])
+    return places
+
+
+def _shards(folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ValueError(f"{folder}: no model.safetensors and no index of shards; give a checkpoint in safetensors format")
+    files = _object(index, read_json(index), "weight_map").values()
+    outside = [file for file in files if not isinstance(file, str) or Path(file).name != file]
+    if outside or not files:
+        raise ValueError(f"{index}: {outside[0] if outside else 'nothing'!r} is no file beside it; fetch the checkpoint again")
+    return [folder / file for file in sorted(set(files))]
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; the checkpoint is not complete, fetch it again") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a safetensors file ({error}); fetch it again") from None
+
+
+def _check(folder: Path, places: dict[str, Entry], shapes: dict[str, tuple], tied: bool) -> None:
+    """Raises ValueError at the first tensor that is missing, unexpected or misshapen, and says how many are."""
+    if tied and HEAD in places:  # stored although it need not be: accepted if it is the embedding
+        shapes = {**shapes, HEAD: shapes[EMBEDDING]}
+    faults = [f"{name} {tuple(shape)} is missing" for name, shape in shapes.items() if name not in places]
+    faults += [f"{e.path.name}: {e.name} {e.shape} is unexpected" for name, e in places.items() if name not in shapes]
+    faults += [
+        f"{e.path.name}: {e.name} has shape {e.shape}, config.json makes it {tuple(shapes[name])}"
+        for name, e in places.items()
+        if name in shapes and e.shape != tuple(shapes[name])
+    ]
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise ValueError(f"{folder}: {faults[0]}{more}; config.json and the weights must be of one model")
