@@ -96,11 +96,13 @@ class Events:
 def read_events(source, order: str | None = None, time_unit: str | None = None) -> Events | np.ndarray:
     """Reads a recording, or an event map that is already accumulated (returned as it is, (H, W) numbers).
 
-    source: a path or an array. Arrays and .npy: a structured array with fields in any order (see ALIASES); a bare N x 4
+    source: a path, an array, or Events already read. Arrays and .npy: a structured array with fields in any order (see ALIASES); a bare N x 4
     array, whose time column is found or told by `order` (such as "txyp"); any other two-dimensional array is a map.
     .npz: `event_data` (N-ImageNet), or x, y, t, p, or a single array. time_unit is that of the file: s, ms, us (the
     default) or ns. Raises ValueError naming the file and the remedy. Nothing is ever unpickled.
     """
+    if isinstance(source, Events):
+        return source
     if time_unit not in (None, *MICROSECONDS):
         raise ValueError(f"time unit {time_unit!r}: give one of {', '.join(MICROSECONDS)}")
     name, data = ("the events", source) if isinstance(source, np.ndarray) else (str(source), _load(str(source)))
