@@ -96,10 +96,10 @@ class Events:
 def read_events(source, order: str | None = None, time_unit: str | None = None) -> Events | np.ndarray:
     """Reads a recording, or an event map that is already accumulated (returned as it is, (H, W) numbers).
 
-    source: a path, an array, or Events already read. Arrays and .npy: a structured array with fields in any order (see ALIASES); a bare N x 4
-    array, whose time column is found or told by `order` (such as "txyp"); any other two-dimensional array is a map.
-    .npz: `event_data` (N-ImageNet), or x, y, t, p, or a single array. time_unit is that of the file: s, ms, us (the
-    default) or ns. Raises ValueError naming the file and the remedy. Nothing is ever unpickled.
+    source: a path, an array, or Events already read. Arrays and .npy: a structured array with fields in any order (see
+    ALIASES); a bare N x 4 array, whose columns are found or told by `order` (such as "txyp"); any other two-dimensional
+    array is a map. .npz: `event_data` (N-ImageNet), or x, y, t, p, or a single array. time_unit is that of the file: s,
+    ms, us (the default) or ns. Raises ValueError naming the file and the remedy. Nothing is ever unpickled.
     """
     if isinstance(source, Events):
         return source
@@ -161,7 +161,8 @@ def _split_columns(name: str, rows: np.ndarray, order: str | None) -> dict[str, 
         with np.errstate(invalid="ignore"):
             spans = {c: float(v[-1]) - float(v[0]) for c, v in enumerate(columns) if (v[1:] >= v[:-1]).all()}
         longest = sorted(spans, key=spans.get, reverse=True)
-        doubt = not longest or (len(longest) > 1 and spans[longest[0]] == spans[longest[1]])
+        doubt = not longest or spans[longest[0]] == 0
+        doubt = doubt or (len(longest) > 1 and spans[longest[0]] == spans[longest[1]])
         doubt = doubt or any(_fractions(columns[c]) and not _fractions(columns[longest[0]]) for c in longest[1:])
         others = [c for c in range(4) if not doubt and c != longest[0]]
         polar = [c for c in others if np.isin(columns[c], (-1, 0, 1)).all()]
@@ -169,8 +170,7 @@ def _split_columns(name: str, rows: np.ndarray, order: str | None) -> dict[str, 
             raise ValueError(f"{name}: which of its 4 columns are x, y, t, p is not certain; say --order, such as --order txyp")
         x, y = (c for c in others if c != polar[0])
         columns = [columns[c] for c in (x, y, longest[0], polar[0])]
-        order = "xytp"
-    order = order or "xytp"
+    order = "xytp" if order is None else order
     if sorted(order) != sorted("xytp"):
         raise ValueError(f"order {order!r}: give the letters x, y, t, p once each, such as txyp")
     return dict(zip(order, columns, strict=True))
@@ -274,6 +274,6 @@ def spread_order(cells_h: int, cells_w: int) -> np.ndarray:
     the Bayer matrix of ordered dithering. Example, 2 x 2: [[0, 2], [3, 1]], a chessboard's one colour first."""
     row, column = np.indices((cells_h, cells_w))
     rank = np.zeros((cells_h, cells_w), dtype=np.int64)
-    for bit in range(max(cells_h, cells_w).bit_length()):  # the lowest bit of a coordinate decides most
+    for bit in range((max(cells_h, cells_w) - 1).bit_length()):  # the lowest bit of a coordinate decides most
         rank = 4 * rank + 2 * ((row ^ column) >> bit & 1) + (row >> bit & 1)
     return rank

@@ -106,12 +106,6 @@ def patchify(pixels: Tensor, patch_size: int = 14, merge: int = 2) -> Tensor:
     return group_order(grid.permute(0, 2, 4, 1, 3), merge)
 
 
-def unpatchify(patches: Tensor, grid_h: int, grid_w: int, merge: int = 2) -> Tensor:
-    """The inverse of `patchify`: (N, 3, p, p) back to pixels (H, W, 3)."""
-    grid = patches.unflatten(0, (grid_h // merge, grid_w // merge, merge, merge))
-    return grid.permute(0, 2, 5, 1, 3, 6, 4).flatten(3, 4).flatten(0, 2)
-
-
 def packed_patches(image: Image.Image, keep: Tensor, config: VisionConfig, norm: ImageConfig) -> Tensor:
     """X~_v: the kept patches of an RGB image, normalised, each frame standing for all T of a still image.
 

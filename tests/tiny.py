@@ -1,0 +1,73 @@
+"""Small random checkpoints, written by transformers, and a small tokenizer with Qwen2-VL's special tokens."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+SPECIALS = [
+    f"<|{name}|>"
+    for name in (
+        "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start "
+        "vision_end vision_pad image_pad video_pad"
+    ).split()
+]
+CORPUS = ["You are a helpful assistant. What is moving? The red circle moves left of the small square.", "system user"]
+VISION = {"depth": 2, "embed_dim": 64, "num_heads": 4, "mlp_ratio": 2}
+TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+MROPE = [2, 3, 3]
+
+
+def tokenizer() -> Tokenizer:
+    """Byte-level BPE as Qwen2's, trained on two sentences: 300 tokens and 14 special ones."""
+    made = Tokenizer(models.BPE())
+    made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
+    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIALS])
+    return made
+
+
+def write(folder: Path, tied=True, shard="1GB", layout="nested", tokens: Tokenizer | None = None, seed=0):
+    """Writes a random float32 checkpoint through transformers' save_pretrained; returns the transformers model."""
+    tokens = tokens or tokenizer()
+    rope = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": MROPE}
+    config = Qwen2VLConfig(
+        text_config={**TEXT, "vocab_size": tokens.get_vocab_size() + 6, "rms_norm_eps": 1e-6, "rope_parameters": rope,
+                     "bos_token_id": None, "eos_token_id": tokens.token_to_id("<|im_end|>")},
+        vision_config={**VISION, "hidden_size": TEXT["hidden_size"]},
+        tie_word_embeddings=tied,
+        image_token_id=tokens.token_to_id("<|image_pad|>"),
+        vision_start_token_id=tokens.token_to_id("<|vision_start|>"),
+        vision_end_token_id=tokens.token_to_id("<|vision_end|>"),
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = Qwen2VLForConditionalGeneration(config).float().eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name or "ln_q.weight" in name else 0.0, std=0.2)
+    model.save_pretrained(folder, max_shard_size=shard)
+    tokens.save(str(folder / "tokenizer.json"))
+    limits = {"min_pixels": 3136, "max_pixels": 1003520}
+    (folder / "preprocessor_config.json").write_text(json.dumps(limits))
+    path = folder / "config.json"
+    path.write_text(json.dumps(in_layout(json.loads(path.read_text()), layout)))
+    return model
+
+
+def in_layout(nested: dict, layout: str) -> dict:
+    """The nested config.json in another of its layouts: flat (as published), both, or nested."""
+    text = dict(nested["text_config"])
+    rope = text.pop("rope_parameters")
+    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]}}
+    vision = {key: value for key, value in nested["vision_config"].items() if key not in ("rope_parameters", "in_channels")}
+    vision["in_chans"] = 3
+    root = {key: value for key, value in nested.items() if key not in ("text_config", "vision_config")}
+    if layout == "flat":
+        return {**text, **root, "vision_config": vision}
+    if layout == "both":
+        return {**text, **root, "vision_config": vision, "text_config": text}
+    return nested
