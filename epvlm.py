@@ -26,7 +26,9 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +40,7 @@ from torch import Tensor
 from events import MICROSECONDS, Events, accumulate, budget_mask, literal_mask, motion, read_events, resize
 from llm import Decoder, DecoderConfig, generate, mrope_positions, sampler
 from vit import ImageConfig, VisionConfig, VisionTransformer, packed_patches, read_image, smart_resize
-from weights import fetch, fill, read_config, read_image_config, read_json, read_tensors
+from weights import fetch, fill, read_config, read_image_config, read_json, read_tensors, read_tokenizer
 
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -68,27 +70,30 @@ class Prompt:
 class EPVLM:
     """A Qwen2-VL checkpoint that can skip patches. `from_pretrained` makes one, `answer` uses it."""
 
-    def __init__(self, vit: VisionTransformer, llm: Decoder, tokenizer: Tokenizer, images: ImageConfig, stop: frozenset[int]):
+    def __init__(
+        self, vit: VisionTransformer, llm: Decoder, tokenizer: Tokenizer, images: ImageConfig, stop: frozenset
+    ):
         self.vit, self.llm, self.tokenizer, self.images, self.stop = vit, llm, tokenizer, images, stop
         self.special = {name: tokenizer.token_to_id(text) for name, text in SPECIAL.items()}
 
     @classmethod
     def from_pretrained(cls, model: str | Path, revision: str | None = None, device=None, dtype=None) -> "EPVLM":
         """Loads a checkpoint: a folder, or a hub id at a `revision`. device: None takes a CUDA GPU if there is one, else
-        the CPU; dtype: a torch.dtype or its name, None the checkpoint's own. Raises ValueError naming file and remedy."""
+        the CPU. dtype: a torch.dtype or its name, None the checkpoint's own. Raises ValueError, naming what is wrong."""
         folder = fetch(model, revision)
         path, sections = folder / "config.json", read_config(folder)
         vision, text = fill(VisionConfig, sections["vision"], path), fill(DecoderConfig, sections["text"], path)
         if vision.hidden_size != text.hidden_size:
-            raise ValueError(f"{path}: visual tokens of width {vision.hidden_size} do not fit a decoder of {text.hidden_size}")
+            raise ValueError(
+                f"{path}: visual tokens of width {vision.hidden_size} do not fit a decoder of {text.hidden_size}"
+            )
         images = fill(ImageConfig, read_image_config(folder), folder / "preprocessor_config.json")
-        tokenizer = _read_tokenizer(folder / "tokenizer.json", text.vocab_size)
+        tokenizer = read_tokenizer(folder, text.vocab_size, SPECIAL.values())
         with torch.device("meta"):
             vit, llm = VisionTransformer(vision), Decoder(text)
         shapes = {f"visual.{name}": tuple(tensor.shape) for name, tensor in vit.state_dict().items()}
         shapes |= {name: tuple(tensor.shape) for name, tensor in llm.state_dict().items()}
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        tensors = read_tensors(folder, shapes, text.tie_word_embeddings, DTYPES.get(dtype, dtype), device)
+        tensors = read_tensors(folder, shapes, text.tie_word_embeddings, DTYPES.get(dtype, dtype), _device(device))
         visual = {name.removeprefix("visual."): tensors.pop(name) for name in shapes if name.startswith("visual.")}
         for module, state in ((vit, visual), (llm, tensors)):
             module.load_state_dict(state, assign=True)
@@ -117,17 +122,17 @@ class EPVLM:
     ) -> Prompt:
         """Everything up to the model: the mask, the packed patches, the token ids and their dense positions.
 
-        events: a path or an array (formats: `events.read_events`), None for the dense image. sparsity: fraction of cells
-        dropped, in [0, 1). sensor: (width, height) in pixels, the image's own size unless given. window: first and last
-        time in microseconds. cell, ties, polarity: see CHOICES. Pixel limits: the checkpoint's unless given.
+        events: a path or an array (formats: `events.read_events`), None for the dense image. sparsity: fraction of
+        cells dropped, in [0, 1). sensor: (width, height) in pixels, the image's size unless given. window: first and
+        last time in microseconds. cell, ties, polarity: see CHOICES. Pixel limits: the checkpoint's unless given.
         Raises ValueError that names the value and the remedy.
         """
         check_choices(sparsity, cell=cell, ties=ties, polarity=polarity)
-        image, config, limits = read_image(image), self.vit.config, self.images
+        image, config = read_image(image), self.vit.config
+        limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        images = replace(self.images, **{name: value for name, value in limits.items() if value is not None})
         patch, merge = config.patch_size, config.spatial_merge_size
-        low, high = (given if given is not None else own for given, own in
-                     ((min_pixels, limits.min_pixels), (max_pixels, limits.max_pixels)))  # fmt: skip
-        height, width = smart_resize(image.height, image.width, patch * merge, low, high)
+        height, width = smart_resize(image.height, image.width, patch * merge, images.min_pixels, images.max_pixels)
         keep, source = torch.ones(height // patch, width // patch, dtype=torch.bool), "no events"
         if events is not None:
             E_v, source = event_map(events, image.size, sensor, window, polarity, order, time_unit)
@@ -139,7 +144,7 @@ class EPVLM:
         before, after = self._text(question)
         input_ids = torch.tensor(before + [self.special["image_pad"]] * int(groups.sum()) + after)
         positions = mrope_positions(len(before), groups, len(after))
-        patches = packed_patches(image, keep, config, limits)  # Eq. 7
+        patches = packed_patches(image, keep, config, images)  # Eq. 7
         return Prompt(input_ids, positions, patches, groups, keep, len(before), source)
 
     def _text(self, question: str) -> tuple[list[int], list[int]]:
@@ -217,7 +222,10 @@ def event_map(events, image_size, sensor, window, polarity, order, time_unit) ->
         width, height = sensor or image_size
         events.check_inside(height, width)
         shown = events.within(*window) if window else events
-        E_v, (start, end) = accumulate(shown, height, width, polarity), window or (shown.span() if len(shown) else (0, 0))
+        E_v, (start, end) = (
+            accumulate(shown, height, width, polarity),
+            window or (shown.span() if len(shown) else (0, 0)),
+        )
         source = f"{len(shown)} events in {(end - start) / 1000:.1f} ms"
     else:
         E_v, source = events, f"an event map of {events.shape[1]} x {events.shape[0]}"
@@ -228,20 +236,14 @@ def event_map(events, image_size, sensor, window, polarity, order, time_unit) ->
     return E_v, source
 
 
-def _read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; put the tokenizer.json of Qwen2-VL there")
+def _device(name) -> torch.device:
+    """The device of that name, None for the first CUDA GPU if there is one. Raises ValueError if it cannot be used."""
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers package raises nothing narrower
-        raise ValueError(f"{path}: not a tokenizer ({error}); fetch it again") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    missing = [text for text in SPECIAL.values() if tokenizer.token_to_id(text) is None]
-    if missing or tokenizer.get_vocab_size() > vocab_size:
-        fault = f"it has no {missing[0]}" if missing else f"{tokenizer.get_vocab_size()} tokens, the model {vocab_size}"
-        raise ValueError(f"{path}: not this model's tokenizer ({fault}); put the checkpoint's own there")
-    return tokenizer
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {str(name)!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu"
+        ) from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -256,8 +258,16 @@ def _sensor(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser("epvlm", description="Answers a question about an image from the patches that move.", allow_abbrev=False)
+    parser = _Parser(
+        "epvlm", description="Answers a question about an image from the patches that move.", allow_abbrev=False
+    )
     add = parser.add_argument
     add("image", help="image file")
     add("events", help="recording or event map, .npy or .npz; the word none for the dense image")
@@ -272,9 +282,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--window", type=float, nargs=2, metavar=("START", "END"), help="microseconds, both included (default: all)")
     add("--time-unit", choices=tuple(MICROSECONDS), help="unit of the file's times (default: us)")
     add("--order", help="columns of a bare N x 4 array, such as txyp (default: found)")
-    add("--min-pixels", type=int, help="smallest model input, pixels (default: the checkpoint's)")
-    add("--max-pixels", type=int, help="largest model input, pixels (default: the checkpoint's)")
-    add("--max-new-tokens", type=int, default=128, help="longest answer, tokens (default: %(default)s)")
+    add("--min-pixels", type=_count, help="smallest model input, pixels (default: the checkpoint's)")
+    add("--max-pixels", type=_count, help="largest model input, pixels (default: the checkpoint's)")
+    add("--max-new-tokens", type=_count, default=128, help="longest answer, tokens (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     add("--top-p", type=float, default=1.0, help="probability to draw from (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
@@ -293,9 +303,29 @@ def run(args: argparse.Namespace) -> None:
     names = ("sparsity", "cell", "ties", "polarity", "sensor", "window", "min_pixels", "max_pixels")
     prompt = model.prompt(image, events, args.question, **{name: getattr(args, name) for name in names})
     print(prompt, file=sys.stderr, flush=True)
-    for piece in model.stream(prompt, args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed):
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
+    pieces = model.stream(prompt, args.max_new_tokens, **sampling)
+    with progress(model) if sys.stderr.isatty() else nullcontext():
+        first = next(pieces, "")
+    for piece in chain([first], pieces):
         print(piece, end="", flush=True)
     print()
+
+
+@contextmanager
+def progress(model: EPVLM) -> Iterator[None]:
+    """Counts on stderr the layers that have read the prompt, and clears the line at the end."""
+    layers = [*model.vit.blocks, *model.llm.model["layers"]]
+    hooks = [
+        layer.register_forward_hook(lambda *_, n=n: print(f"\rlayer {n} of {len(layers)}", end="", file=sys.stderr))
+        for n, layer in enumerate(layers, 1)
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:

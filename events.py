@@ -109,7 +109,7 @@ def read_events(source, order: str | None = None, time_unit: str | None = None) 
     if isinstance(data, np.ndarray) and not data.dtype.names:
         if data.ndim != 2 or data.dtype.kind not in "biuf":
             raise ValueError(
-                f"{name}: {data.dtype} array of shape {data.shape}; give fields x, y, t, p, an N x 4 array or an H x W map"
+                f"{name}: {data.dtype} array of shape {data.shape}; give fields x, y, t, p, an N x 4 array, or a map"
             )
         if data.shape[1] != 4:
             return _checked_map(name, data)
@@ -126,7 +126,9 @@ def _load(path: str):
         if magic[:1] == b"\x80":
             raise ValueError("pickled")
         if magic[:6] != b"\x93NUMPY" and magic[:2] != b"PK":
-            raise ValueError("neither .npy nor .npz; read it with your own tool (numpy.loadtxt for text) and numpy.save it")
+            raise ValueError(
+                "neither .npy nor .npz; read it with your own tool (numpy.loadtxt for text) and numpy.save it"
+            )
         data = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(data, np.ndarray):
             return data
@@ -149,7 +151,9 @@ def _fields(name: str, data) -> list:
     found = [next((present[a] for a in aliases if a in present), None) for aliases in ALIASES.values()]
     if None in found:
         missing = [column for column, key in zip(ALIASES, found, strict=True) if key is None]
-        raise ValueError(f"{name}: has {', '.join(present) or 'nothing'} but no {', '.join(missing)}; rename to x, y, t, p")
+        raise ValueError(
+            f"{name}: has {', '.join(present) or 'nothing'} but no {', '.join(missing)}; rename to x, y, t, p"
+        )
     return found
 
 
@@ -167,7 +171,9 @@ def _split_columns(name: str, rows: np.ndarray, order: str | None) -> dict[str, 
         others = [c for c in range(4) if not doubt and c != longest[0]]
         polar = [c for c in others if np.isin(columns[c], (-1, 0, 1)).all()]
         if doubt or len(polar) != 1:
-            raise ValueError(f"{name}: which of its 4 columns are x, y, t, p is not certain; say --order, such as --order txyp")
+            raise ValueError(
+                f"{name}: which of its 4 columns are x, y, t, p is not certain; say --order, such as --order txyp"
+            )
         x, y = (c for c in others if c != polar[0])
         columns = [columns[c] for c in (x, y, longest[0], polar[0])]
     order = "xytp" if order is None else order
@@ -194,7 +200,9 @@ def _checked_events(events: Events, warn: bool) -> Events:
         if values.dtype.kind not in kinds:
             raise ValueError(f"{name}: {column} is of type {values.dtype}; store numbers")
         if len(values) != len(events):
-            raise ValueError(f"{name}: {len(values)} values of {column} but {len(events)} of t; store one of each an event")
+            raise ValueError(
+                f"{name}: {len(values)} values of {column} but {len(events)} of t; store one of each an event"
+            )
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise ValueError(f"{name}: {column} holds NaN or infinity; drop those events")
         if column in "xy" and _fractions(values):
@@ -227,8 +235,8 @@ def accumulate(events: Events, height: int, width: int, polarity: str = "count")
 
 
 def resize(E_v: np.ndarray, height: int, width: int) -> np.ndarray:
-    """E_v at the model's input size, (height, width) float64, weighted by area: a pixel's events spread evenly over what
-    it covers, so that none is skipped when shrinking.
+    """E_v at the model's input size, (height, width) float64, weighted by area: a pixel's events spread evenly over
+    what it covers, so that none is skipped when shrinking.
 
     The unit is 1 / (height * width) of an event: counts stay whole numbers, cells with equal counts stay equal and
     empty ones zero. Example, one row: [3, 1] to 3 pixels gives [6, 4, 2], the sum times 3.
@@ -251,7 +259,7 @@ def motion(E_v: np.ndarray, cell: int) -> np.ndarray:
 
 
 def literal_mask(S: np.ndarray, tau: float) -> np.ndarray:
-    """Eq. 6 as printed: keep where S reaches its (1 - tau) quantile (linearly interpolated). Keeps all that tie with it."""
+    """Eq. 6 as printed: keep where S reaches its (1 - tau) quantile, linearly interpolated. All that tie are kept."""
     place = round((1 - tau) * (S.size - 1), 9)  # 9 decimals: 1 - 0.7 is not 0.3 in floating point
     ordered = np.sort(S, axis=None)
     below, above = ordered[math.floor(place)], ordered[math.ceil(place)]

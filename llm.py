@@ -44,9 +44,13 @@ class DecoderConfig:
     def __post_init__(self):
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % heads or heads % groups:
-            raise ValueError(f"hidden_size {self.hidden_size}, {heads} heads and {groups} key-value heads do not divide")
+            raise ValueError(
+                f"hidden_size {self.hidden_size}, {heads} heads and {groups} key-value heads do not divide"
+            )
         if len(self.mrope_section) != 3 or 2 * sum(self.mrope_section) != self.head_dim:
-            raise ValueError(f"mrope_section {self.mrope_section} must be three numbers, half of head_dim {self.head_dim}")
+            raise ValueError(
+                f"mrope_section {self.mrope_section} must be three numbers, half of head_dim {self.head_dim}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -190,8 +194,8 @@ class Decoder(nn.Module):
 
 
 def sampler(temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Callable[[Tensor], int]:
-    """How the next token is chosen from logits (vocab_size,): the largest at temperature 0, else drawn from the smallest
-    set of tokens that holds `top_p` of the probability. Raises ValueError for settings out of range."""
+    """How the next token is chosen from logits (vocab_size,): the largest at temperature 0, else drawn from the
+    smallest set of tokens that holds `top_p` of the probability. Raises ValueError for settings out of range."""
     if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature} must be 0 or more, top-p {top_p} above 0 and at most 1")
     generator = torch.Generator().manual_seed(seed)
@@ -206,7 +210,9 @@ def sampler(temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Call
     return choose
 
 
-def generate(decoder: Decoder, prompt: Tensor, positions: Tensor, limit: int, stop: frozenset[int], choose) -> Iterator[int]:
+def generate(
+    decoder: Decoder, prompt: Tensor, positions: Tensor, limit: int, stop: frozenset[int], choose
+) -> Iterator[int]:
     """Yields up to `limit` token ids as they are decided, the one in `stop` that ends the answer included.
 
     prompt (1, L, hidden_size); positions (3, L). Token n of the answer stands at the prompt's largest DENSE position

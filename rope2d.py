@@ -45,8 +45,8 @@ def group_order(grid: Tensor, merge: int = 2) -> Tensor:
 def rope_2d(grid_h: int, grid_w: int, head_dim: int, theta: float = 10000.0, merge: int = 2) -> Tensor:
     """The angles of every patch of the dense grid, R^2D as the weights need it (half-split pairing).
 
-    Returns (N, head_dim/2) float32 in group order: first d/4 angles i * theta^(-4k/d), then d/4 angles j * theta^(-4k/d),
-    k from 0. Source: Qwen2VLVisionRotaryEmbedding in transformers' modeling_qwen2_vl.py.
+    Returns (N, head_dim/2) float32 in group order: first d/4 angles i * theta^(-4k/d), k from 0, then as many
+    j * theta^(-4k/d). Source: Qwen2VLVisionRotaryEmbedding in transformers' modeling_qwen2_vl.py.
     """
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))  # (d/4,)
     i, j = torch.meshgrid(torch.arange(grid_h), torch.arange(grid_w), indexing="ij")

@@ -211,7 +211,7 @@ class VisionTransformer(nn.Module):
         self.merger = Merger(config)
 
     def forward(self, patches: Tensor, keep: Tensor) -> Tensor:
-        """patches (B, N', 1176) in the weights' dtype; keep (grid_h, grid_w) bool. Returns H_v (B, tokens, hidden_size)."""
+        """patches (B, N', 1176) in the weights' dtype; keep (grid_h, grid_w) bool. Returns (B, tokens, hidden_size)."""
         config, rows = self.config, _rows(keep, self.config).to(patches.device)
         R_2D = rope_2d(*keep.shape, config.embed_dim // config.num_heads, config.rope_theta, config.spatial_merge_size)
         cos, sin = cos_sin(pack(R_2D.to(patches.device), rows))  # Eq. 8: computed on the dense grid, then packed

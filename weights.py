@@ -13,6 +13,7 @@ unexpected or misshapen is an error that names it and both shapes. Nothing is un
 
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple, get_args, get_origin
@@ -22,6 +23,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from torch import Tensor
 
 FILES = ["*config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
@@ -36,7 +38,9 @@ def fetch(model: str | Path, revision: str | None = None) -> Path:
     folder = Path(model).expanduser()
     if folder.exists() or folder.is_absolute() or str(model).startswith((".", "~")):
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{model}: no Qwen2-VL checkpoint, there is no config.json in it; give a folder or a hub id")
+            raise ValueError(
+                f"{model}: no Qwen2-VL checkpoint, there is no config.json in it; give a folder or a hub id"
+            )
         return folder
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -77,7 +81,9 @@ def read_config(folder: Path) -> dict[str, dict]:
     path = folder / "config.json"
     root = read_json(path)
     if root.get("model_type") != "qwen2_vl":
-        raise ValueError(f"{path}: model_type is {root.get('model_type')!r}, not 'qwen2_vl'; give a Qwen2-VL checkpoint")
+        raise ValueError(
+            f"{path}: model_type is {root.get('model_type')!r}, not 'qwen2_vl'; give a Qwen2-VL checkpoint"
+        )
     vision = _object(path, root, "vision_config")
     text = {**root, **_object(path, root, "text_config")}
     vision.setdefault("in_channels", vision.get("in_chans", 3))
@@ -141,6 +147,26 @@ def _fits(value, kind: type) -> bool:
     return isinstance(value, (int, float) if kind is float else kind) and value > 0
 
 
+def read_tokenizer(folder: Path, vocab_size: int, special: Iterable[str]) -> Tokenizer:
+    """tokenizer.json, without the truncation and padding some files ask for. Raises ValueError if it is broken, lacks
+    one of the `special` tokens, or has more tokens than the model."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; put the tokenizer.json of Qwen2-VL there")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the tokenizers package raises nothing narrower
+        raise ValueError(f"{path}: not a tokenizer ({error}); fetch it again") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    faults = [f"it has no {text}" for text in special if tokenizer.token_to_id(text) is None]
+    if tokenizer.get_vocab_size() > vocab_size:
+        faults.append(f"it has {tokenizer.get_vocab_size()} tokens, the model {vocab_size}")
+    if faults:
+        raise ValueError(f"{path}: not this model's tokenizer ({faults[0]}); put the checkpoint's own there")
+    return tokenizer
+
+
 def read_tensors(folder: Path, shapes: dict[str, tuple], tied: bool, dtype=None, device=None) -> dict[str, Tensor]:
     """Every tensor of the checkpoint by its published name, all checked against `shapes` before one is read.
 
@@ -158,7 +184,9 @@ def read_tensors(folder: Path, shapes: dict[str, tuple], tied: bool, dtype=None,
         file = maps[entry.path] if as_it_lies else _open(entry.path)
         tensors[name] = file.get_tensor(entry.name).to(device=device, dtype=dtype)
     if tied and HEAD in tensors and not torch.equal(tensors.pop(HEAD), tensors[EMBEDDING]):
-        raise ValueError(f"{place[HEAD].path}: {HEAD} differs from the embedding config.json ties it to; correct one of them")
+        raise ValueError(
+            f"{place[HEAD].path}: {HEAD} differs from the embedding config.json ties it to; correct one of them"
+        )
     return tensors
 
 
@@ -179,12 +207,16 @@ def _places(folder: Path) -> dict[str, Entry]:
         for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
             header = file.get_slice(name)
             if header.get_dtype() not in DTYPES:
-                raise ValueError(f"{path}: {name} is of type {header.get_dtype()}; give a checkpoint in one of {', '.join(DTYPES)}")
+                raise ValueError(
+                    f"{path}: {name} is of type {header.get_dtype()}; give a checkpoint in one of {', '.join(DTYPES)}"
+                )
             published = name
             for newer, older in RENAMED.items():
                 published = older + name[len(newer) :] if name.startswith(newer) else published
             if published in places:
-                raise ValueError(f"{path}: {name} is stored already in {places[published].path.name}; remove one of them")
+                raise ValueError(
+                    f"{path}: {name} is stored already in {places[published].path.name}; remove one of them"
+                )
             places[published] = Entry(name, path, tuple(header.get_shape()), DTYPES[header.get_dtype()])
     return places
 
@@ -194,11 +226,19 @@ def _shards(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise ValueError(f"{folder}: no model.safetensors and no index of shards; give a checkpoint in safetensors format")
+        raise ValueError(
+            f"{folder}: no model.safetensors and no index of shards; give a checkpoint in safetensors format"
+        )
     files = _object(index, read_json(index), "weight_map").values()
-    outside = [file for file in files if not isinstance(file, str) or Path(file).name != file]
+    outside = [
+        file
+        for file in files
+        if not (isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file)
+    ]
     if outside or not files:
-        raise ValueError(f"{index}: {outside[0] if outside else 'nothing'!r} is no file beside it; fetch the checkpoint again")
+        raise ValueError(
+            f"{index}: {outside[0] if outside else 'nothing'!r} is no file beside it; fetch the checkpoint again"
+        )
     return [folder / file for file in sorted(set(files))]
 
 

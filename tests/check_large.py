@@ -2,9 +2,10 @@
 
     python tests/check_large.py /tmp/random-2B frame.png events.npy --window 67500 87500
 
-The checkpoint is one written by random_checkpoint.py, or the published one. Each model runs in a process of its own, one
-after the other, since two float32 copies of 2B (8.8 GB each) seldom fit. Prints the answer, the peak resident memory of each
-process, and the largest difference between the logits in units of the largest logit. Exit status 1 if that exceeds 1e-3.
+The checkpoint is one written by random_checkpoint.py, or the published one. Each model runs in a process of its own,
+one after the other, since two float32 copies of 2B (8.8 GB each) seldom fit. Prints the answer, the peak resident
+memory of each process, and the largest difference between the logits in units of the largest logit. Exit status 1 if
+that exceeds 1e-3.
 """
 
 import argparse
@@ -69,7 +70,9 @@ def main() -> int:
         measured("transformers, float32, dense", "-c", THEIRS, args.checkpoint, ours, theirs)
         a, b = np.load(ours)["logits"], np.load(theirs)
     largest, difference = np.abs(b).max(), np.abs(a - b).max()
-    print(f"first token: {a.argmax()} and {b.argmax()}; largest logit {largest:.4g}; largest difference {difference:.3g}")
+    print(
+        f"first token: {a.argmax()} and {b.argmax()}; largest logit {largest:.4g}; largest difference {difference:.3g}"
+    )
     print(f"ratio {difference / largest:.3g} (limit 1e-3)")
     return int(not difference <= 1e-3 * largest)
 

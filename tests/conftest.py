@@ -4,14 +4,18 @@ import os
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from hypothesis import HealthCheck, settings
 
+import tiny
 from epvlm import EPVLM
 
 settings.register_profile(
-    "epvlm", deadline=None, print_blob=True, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    "epvlm",
+    deadline=None,
+    print_blob=True,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("epvlm")
 torch.set_num_threads(2)

@@ -46,7 +46,9 @@ def masked_decoder(theirs, embeddings: Tensor, positions: Tensor, keep: Tensor) 
     """Logits (L kept, vocab) of the dense sequence. embeddings (L, hidden), positions (3, L), keep (L,) bool."""
     length = len(embeddings)
     allowed = torch.ones(length, length, dtype=torch.bool).tril() & keep[None, :]
-    allowed |= torch.eye(length, dtype=torch.bool)  # a dropped query sees itself, else its softmax is 0 / 0; nobody reads it
+    allowed |= torch.eye(
+        length, dtype=torch.bool
+    )  # a dropped query sees itself, else its softmax is 0 / 0; nobody reads it
     mask = torch.zeros(1, 1, length, length).masked_fill(~allowed, -math.inf)
     hidden = theirs.model.language_model(
         inputs_embeds=embeddings[None], position_ids=positions[:, None], attention_mask=mask, use_cache=False

@@ -1,4 +1,4 @@
-"""Writes a checkpoint of random weights at a published model's real shapes, names and layout, to try the program at size.
+"""Writes a checkpoint of random weights at a published model's shapes, names and layout, to try the program at size.
 
     python tests/random_checkpoint.py 2B /tmp/random-2B --tokenizer path/to/tokenizer.json
 
@@ -67,7 +67,7 @@ def partition(shapes: dict[str, tuple]) -> list[list[str]]:
 def random_tensor(name: str, shape: tuple, generator: torch.Generator) -> torch.Tensor:
     """Norms start at one, everything else is drawn with the spread Qwen2-VL was initialised with."""
     tensor = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-    return 1 + tensor if "norm" in name and name.endswith("weight") or name.endswith("ln_q.weight") else tensor
+    return 1 + tensor if ("norm" in name and name.endswith("weight")) or name.endswith("ln_q.weight") else tensor
 
 
 def write(size: str, folder: Path, tokenizer: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from strategies import SPARSITIES, motions, recordings, untied_motions
 
 from events import Events, accumulate, budget_mask, literal_mask, motion, read_events, resize, spread_order
+from strategies import SPARSITIES, motions, recordings, untied_motions
 
 XYTP = [("x", "<u2"), ("y", "<u2"), ("t", "<i8"), ("p", "<i2")]
 
@@ -36,7 +36,10 @@ def slow_resize(E_v, height, width):
     """Every old pixel's share of every new pixel, as fractions: the overlap of their intervals on each axis."""
 
     def overlap(a, b, source, target):
-        return max(Fraction(0), min(Fraction(a + 1, source), Fraction(b + 1, target)) - max(Fraction(a, source), Fraction(b, target)))
+        return max(
+            Fraction(0),
+            min(Fraction(a + 1, source), Fraction(b + 1, target)) - max(Fraction(a, source), Fraction(b, target)),
+        )
 
     rows, cols = E_v.shape
     out = [[Fraction(0)] * width for _ in range(height)]
@@ -141,7 +144,9 @@ def test_what_no_sensor_writes_is_refused(message, rows):
         read_events(rows)
 
 
-@pytest.mark.parametrize("bad", [np.array([]), np.array(3), np.zeros((2, 3, 5)), np.array([["a", "b"]]), np.full((5, 5), math.nan)])
+@pytest.mark.parametrize(
+    "bad", [np.array([]), np.array(3), np.zeros((2, 3, 5)), np.array([["a", "b"]]), np.full((5, 5), math.nan)]
+)
 def test_what_is_neither_events_nor_a_map_is_refused(bad):
     with pytest.raises(ValueError, match="the events: "):
         read_events(bad)
@@ -177,7 +182,9 @@ def test_no_pickle_is_ever_executed(tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUM", b"1 2 3 4\n", b"PK\x03\x04broken", b"\x93NUMPY\x01\x00v\x00{'descr': "])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x93NUM", b"1 2 3 4\n", b"PK\x03\x04broken", b"\x93NUMPY\x01\x00v\x00{'descr': "]
+)
 def test_broken_files_are_named(tmp_path, content):
     (tmp_path / "e.npy").write_bytes(content)
     with pytest.raises(ValueError, match=r"e\.npy: cannot be read as events"):
@@ -281,7 +288,9 @@ def test_event_order_does_not_matter_and_nothing_is_written_to(recording, random
     shuffled = rows[random.sample(range(len(rows)), len(rows))]
     before = shuffled.copy()
     shuffled.flags.writeable = False
-    assert np.array_equal(accumulate(read_events(shuffled), height, width), accumulate(read_events(rows), height, width))
+    assert np.array_equal(
+        accumulate(read_events(shuffled), height, width), accumulate(read_events(rows), height, width)
+    )
     assert np.array_equal(shuffled, before)
 
 
@@ -332,7 +341,10 @@ def test_no_event_is_skipped_when_shrinking():
 # Eq. 5 and 6
 
 
-@given(hnp.arrays(np.float64, st.tuples(st.integers(1, 4), st.integers(1, 4)), elements=st.integers(-9, 9)), st.integers(1, 3))
+@given(
+    hnp.arrays(np.float64, st.tuples(st.integers(1, 4), st.integers(1, 4)), elements=st.integers(-9, 9)),
+    st.integers(1, 3),
+)
 def test_eq5_is_the_l1_norm_of_each_cell(cells, cell):
     E_v = np.kron(cells, np.ones((cell, cell)))
     assert np.array_equal(motion(E_v, cell), np.abs(cells) * cell * cell)

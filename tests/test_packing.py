@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import masked_decoder, masked_vision
 from PIL import Image
-from strategies import group_masks, patch_masks
 
 from llm import KVCache, mrope_positions
+from oracles import masked_decoder, masked_vision
+from strategies import group_masks, patch_masks
 from vit import packed_patches
 
 QUESTION = "What is moving?"
@@ -20,7 +20,7 @@ def image(height, width, seed=0):
 
 
 def event_map_of(keep: torch.Tensor, cell: int) -> np.ndarray:
-    """A map at the input's size whose literal mask at `sparsity_of(keep)` is `keep`: motion where True, none elsewhere."""
+    """A map at the input's size with motion where `keep` is True, and none elsewhere."""
     return keep.repeat_interleave(cell, 0).repeat_interleave(cell, 1).numpy().astype(np.int64)
 
 
@@ -52,7 +52,10 @@ def test_packed_vit_equals_dense_vit_with_dropped_keys_masked(checkpoint, keep, 
     prompt, dense = prompt_for(ours, picture, keep), dense_prompt(ours, picture)
     assert len(prompt.patches) == 4 * keep.sum()
     with torch.inference_mode():
-        close(ours.vit(prompt.patches[None], prompt.keep_patches)[0], masked_vision(theirs, dense.patches, prompt.keep_patches))
+        close(
+            ours.vit(prompt.patches[None], prompt.keep_patches)[0],
+            masked_vision(theirs, dense.patches, prompt.keep_patches),
+        )
 
 
 @given(patch_masks(), st.integers(0, 99))
@@ -119,7 +122,11 @@ def test_cached_decoding_equals_the_full_forward(checkpoint, keep, steps, split)
         positions = torch.cat((prompt.position_ids, after), dim=1)
         full = ours.llm.logits(ours.llm(whole, positions))[0]
         cache, parts = KVCache(ours.llm.config, whole.shape[1], like=whole), []
-        for low, high in [(0, split), (split, start.shape[1]), *((n, n + 1) for n in range(start.shape[1], whole.shape[1]))]:
+        for low, high in [
+            (0, split),
+            (split, start.shape[1]),
+            *((n, n + 1) for n in range(start.shape[1], whole.shape[1])),
+        ]:
             parts.append(ours.llm.logits(ours.llm(whole[:, low:high], positions[:, low:high], cache))[0])
     close(torch.cat(parts), full)
     assert full[start.shape[1] - 1 : -1].argmax(-1).tolist() == tokens

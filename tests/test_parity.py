@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
 from transformers import Qwen2TokenizerFast
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import tiny
 from epvlm import EPVLM
 
 TEXTS = {
@@ -23,7 +23,14 @@ TEXTS = {
     "spaces": "   ",
     "specials": "<|im_end|>\n<|image_pad|><|im_start|>system",
 }
-SIZES = {"square": (112, 112), "tall": (57, 301), "wide": (333, 61), "odd": (101, 87), "tiny": (9, 5), "large": (1500, 900)}
+SIZES = {
+    "square": (112, 112),
+    "tall": (57, 301),
+    "wide": (333, 61),
+    "odd": (101, 87),
+    "tiny": (9, 5),
+    "large": (1500, 900),
+}
 
 
 def noise(width, height, mode="RGB"):
@@ -33,7 +40,7 @@ def noise(width, height, mode="RGB"):
 
 
 def reference(theirs, image, tokens: Tokenizer, question: str, folder) -> dict:
-    """What transformers is given for the same inputs: its own image processor, the whole prompt encoded as one string."""
+    """What transformers is given for the same inputs: its own image processor, the whole prompt as one string."""
     out = Qwen2VLImageProcessorPil.from_pretrained(folder)(images=[image], return_tensors="pt")
     count = int(out["image_grid_thw"].prod()) // 4
     before = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
@@ -90,7 +97,9 @@ def test_palette_with_a_transparent_colour(checkpoint, tmp_path):
     assert_parity(*checkpoint, Image.open(path))
 
 
-@pytest.mark.parametrize("question", [TEXTS[k] for k in TEXTS if k != "specials"], ids=[k for k in TEXTS if k != "specials"])
+@pytest.mark.parametrize(
+    "question", [TEXTS[k] for k in TEXTS if k != "specials"], ids=[k for k in TEXTS if k != "specials"]
+)
 def test_text_in_several_scripts(checkpoint, question):
     assert_parity(*checkpoint, noise(56, 84), question)
 
@@ -125,9 +134,13 @@ def test_prompt_ids_with_the_published_tokenizer(data, question):
     folder = data / "qwen2-vl" / "2B-Instruct"
     theirs = Qwen2TokenizerFast.from_pretrained(folder)
     content = [{"type": "image"}, {"type": "text", "text": "QUESTION"}]
-    text = theirs.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    text = theirs.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
     before, after = text.split("QUESTION")
-    expected = theirs(before).input_ids + theirs(question, split_special_tokens=True).input_ids + theirs(after).input_ids
+    expected = (
+        theirs(before).input_ids + theirs(question, split_special_tokens=True).input_ids + theirs(after).input_ids
+    )
     if "<|" not in question:
         assert expected == theirs(before + question + after).input_ids
     ours = EPVLM(None, None, Tokenizer.from_file(str(folder / "tokenizer.json")), None, frozenset())

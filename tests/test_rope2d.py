@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import coordinates, group_rows
-from strategies import patch_masks
 
+from oracles import coordinates, group_rows
 from rope2d import cos_sin, group_order, pack, pairing, rope_2d, rotate, rotation_matrix
+from strategies import patch_masks
 
 HEAD_DIMS = st.sampled_from([4, 8, 16, 80])
 PLACES = st.integers(-60, 60)
@@ -79,7 +79,9 @@ def test_group_order_example():
 @given(st.lists(st.booleans(), max_size=20))
 def test_pack_is_selection_in_order(keep):
     rows = torch.arange(3 * len(keep)).view(-1, 3)
-    assert pack(rows, torch.tensor(keep, dtype=torch.bool)).tolist() == [r.tolist() for r, k in zip(rows, keep, strict=True) if k]
+    assert pack(rows, torch.tensor(keep, dtype=torch.bool)).tolist() == [
+        r.tolist() for r, k in zip(rows, keep, strict=True) if k
+    ]
 
 
 @pytest.mark.parametrize("keep", [torch.ones(3, dtype=torch.bool), torch.ones(4), torch.ones(2, 2, dtype=torch.bool)])

@@ -7,16 +7,18 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-SPECIALS = [
-    f"<|{name}|>"
-    for name in (
-        "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start "
-        "vision_end vision_pad image_pad video_pad"
-    ).split()
-]
+NAMES = ["endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start",
+         "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]  # fmt: skip
+SPECIALS = [f"<|{name}|>" for name in NAMES]
 CORPUS = ["You are a helpful assistant. What is moving? The red circle moves left of the small square.", "system user"]
 VISION = {"depth": 2, "embed_dim": 64, "num_heads": 4, "mlp_ratio": 2}
-TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 MROPE = [2, 3, 3]
 
 
@@ -27,7 +29,9 @@ def tokenizer() -> Tokenizer:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
+    made.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
     made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIALS])
     return made
 
@@ -62,8 +66,13 @@ def in_layout(nested: dict, layout: str) -> dict:
     """The nested config.json in another of its layouts: flat (as published), both, or nested."""
     text = dict(nested["text_config"])
     rope = text.pop("rope_parameters")
-    text |= {"rope_theta": rope["rope_theta"], "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]}}
-    vision = {key: value for key, value in nested["vision_config"].items() if key not in ("rope_parameters", "in_channels")}
+    text |= {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
+    }
+    vision = {
+        key: value for key, value in nested["vision_config"].items() if key not in ("rope_parameters", "in_channels")
+    }
     vision["in_chans"] = 3
     root = {key: value for key, value in nested.items() if key not in ("text_config", "vision_config")}
     if layout == "flat":

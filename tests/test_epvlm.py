@@ -1,0 +1,329 @@
+"""The pipeline as a class and as a command line: what it prints, and how it ends when given something it cannot use."""
+
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as theirs
+
+import epvlm
+from epvlm import EPVLM, main
+from vit import smart_resize
+
+PROGRAM = Path(epvlm.__file__)
+QUESTION = "What is moving?"
+
+
+@pytest.fixture
+def files(checkpoint, tmp_path, monkeypatch):
+    """The current folder, with image.png (84 x 112), events.npy (100 events in 99 us, upper half) and a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint[0], "model")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (112, 84, 3), dtype=np.uint8)).save("image.png")
+    events = np.zeros(100, dtype=[("t", "i8"), ("x", "u2"), ("y", "u2"), ("p", "?")])
+    events["t"], events["x"], events["y"] = np.arange(100) + 1000, rng.integers(0, 84, 100), rng.integers(0, 56, 100)
+    np.save("events.npy", events)
+    return tmp_path
+
+
+def program(*arguments, env=None, **options):
+    command = [sys.executable, str(PROGRAM), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, **options)
+
+
+def refused(capsys, *arguments) -> str:
+    """Runs the command line in this process; checks that it ends as every error must, and returns its one line."""
+    try:
+        status = main(list(arguments))
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert (status, out) == (2, "")
+    assert err.startswith("epvlm: error: ") and err.count("\n") == 1 and err.endswith("\n")
+    return err
+
+
+# What it prints
+
+
+def test_the_answer_is_on_stdout_and_the_rest_on_stderr(files):
+    done = program("image.png", "events.npy", QUESTION, "--model", "model", "--max-new-tokens", "9", "--device", "cpu")
+    model = EPVLM.from_pretrained("model", device="cpu")
+    assert done.returncode == 0
+    assert done.stdout == model.answer("image.png", "events.npy", QUESTION, max_new_tokens=9) + "\n"
+    assert done.stderr == "kept 24 of 48 patches (6 of 12 tokens), 100 events in 0.1 ms\n"
+
+
+def test_options_reach_the_model(files, capsys):
+    arguments = ["image.png", "events.npy", QUESTION, "--model", "model", "--max-new-tokens", "5", "--sparsity", "0.75"]
+    arguments += ["--cell", "patch", "--ties", "exact", "--polarity", "signed", "--window", "1000", "1049"]
+    arguments += ["--temperature", "1.5", "--top-p", "0.9", "--seed", "3", "--dtype", "float32"]
+    arguments += ["--sensor", "84x112", "--max-pixels", "6272"]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    model = EPVLM.from_pretrained("model", dtype="float32")
+    options = {"sparsity": 0.75, "cell": "patch", "polarity": "signed", "window": (1000, 1049), "max_pixels": 6272}
+    sampling = {"max_new_tokens": 5, "temperature": 1.5, "top_p": 0.9, "seed": 3}
+    assert out == model.answer("image.png", "events.npy", QUESTION, **sampling, **options) + "\n"
+    prompt = model.prompt("image.png", "events.npy", QUESTION, **options)
+    assert err == f"{prompt}\n" and ", 50 events in 0.0 ms" in err
+
+
+def test_none_is_the_dense_image(files, capsys):
+    assert main(["image.png", "none", QUESTION, "--model", "model", "--max-new-tokens", "1"]) == 0
+    assert capsys.readouterr().err == "kept 48 of 48 patches (12 of 12 tokens), no events\n"
+
+
+def test_the_prompt_holds_what_is_promised(files):
+    model = EPVLM.from_pretrained("model")
+    prompt = model.prompt(Image.open("image.png"), np.load("events.npy"), QUESTION)
+    length, kept = len(prompt.input_ids), int(prompt.keep.sum())
+    assert prompt.keep.shape == (4, 3) and prompt.keep.dtype == torch.bool and kept == 6
+    assert prompt.patches.shape == (4 * kept, 1176) and prompt.patches.dtype == torch.float32
+    assert (
+        prompt.position_ids.shape == (3, length) and prompt.input_ids.dtype == prompt.position_ids.dtype == torch.int64
+    )
+    assert prompt.keep[:2].all() and not prompt.keep[2:].any()  # the upper half is where the events are
+    assert model.logits(prompt).shape == (length, model.llm.config.vocab_size)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        prompt.keep = None
+
+
+def test_no_events_at_all_warns_and_keeps_evenly_spread_cells(files, capsys):
+    np.save("empty.npy", np.load("events.npy")[:0])
+    assert main(["image.png", "empty.npy", QUESTION, "--model", "model", "--max-new-tokens", "1"]) == 0
+    warning, kept = capsys.readouterr().err.splitlines()
+    assert warning.startswith("epvlm: warning: ") and "no events at all" in warning
+    assert kept == "kept 24 of 48 patches (6 of 12 tokens), 0 events in 0.0 ms"
+    with pytest.warns(UserWarning, match="no events"):
+        keep = EPVLM.from_pretrained("model").prompt("image.png", "empty.npy", QUESTION).keep
+    assert (keep.sum(1) >= 1).all() and (keep.sum(0) >= 1).all()
+    for empty in (np.zeros((0, 4)), np.zeros((9, 9))):
+        with pytest.warns(UserWarning, match="no events"):
+            assert torch.equal(EPVLM.from_pretrained("model").prompt("image.png", empty, QUESTION).keep, keep)
+
+
+def test_a_map_needs_no_sensor_and_has_no_times(files):
+    model, E_v = EPVLM.from_pretrained("model"), np.zeros((180, 240))
+    E_v[100:] = 1
+    prompt = model.prompt("image.png", E_v, QUESTION)
+    assert not prompt.keep[:2].any() and prompt.keep[2:].all() and "map of 240 x 180" in str(prompt)
+    for options in ({"window": (0, 1)}, {"sensor": (180, 240)}):
+        with pytest.raises(ValueError, match="leave --window and --sensor out"):
+            model.prompt("image.png", E_v, QUESTION, **options)
+
+
+def test_the_sensor_may_be_of_another_size(files):
+    model = EPVLM.from_pretrained("model")
+    events = np.load("events.npy")
+    events["x"], events["y"] = events["x"] * 4, events["y"] * 4
+    prompt = model.prompt("image.png", events, QUESTION, sensor=(336, 448))
+    assert prompt.keep[:2].all() and not prompt.keep[2:].any()
+
+
+# Streaming and choosing
+
+
+@given(st.text(max_size=40))
+def test_pieces_are_whole_utf8_and_join_to_the_answer(checkpoint, text):
+    """Byte-level tokens split characters; a piece never ends inside one."""
+    _, _, model = checkpoint
+    tokens = model.tokenizer.encode(text, add_special_tokens=False).ids
+
+    class Said(EPVLM):
+        def tokens(self, *_, **__):
+            return iter(tokens)
+
+    pieces = list(Said(model.vit, model.llm, model.tokenizer, model.images, model.stop).stream(None))
+    assert "".join(pieces) == model.tokenizer.decode(tokens)
+    assert all(pieces) and not any("\ufffd" in piece for piece in pieces if "\ufffd" not in text)
+
+
+def test_an_answer_cut_inside_a_character_still_ends(checkpoint):
+    _, _, model = checkpoint
+    tokens = model.tokenizer.encode("动", add_special_tokens=False).ids[:-1]
+
+    class Said(EPVLM):
+        def tokens(self, *_, **__):
+            return iter(tokens)
+
+    assert "".join(Said(model.vit, model.llm, model.tokenizer, model.images, model.stop).stream(None)) == "\ufffd"
+
+
+@given(
+    st.floats(0.1, 5), st.floats(0.01, 1), st.integers(0, 2**32), st.lists(st.floats(-9, 9), min_size=2, max_size=20)
+)
+def test_tokens_are_drawn_from_the_smallest_set_that_holds_top_p(temperature, top_p, seed, values):
+    logits = torch.tensor(values)
+    choose = epvlm.sampler(temperature, top_p, seed)
+    drawn = [choose(logits) for _ in range(5)]
+    probability = torch.softmax(logits / temperature, -1)
+    for token in drawn:  # what is likelier than a drawn token holds less than top_p together
+        assert probability[probability > probability[token]].sum() < top_p + 1e-5
+    again = epvlm.sampler(temperature, top_p, seed)
+    assert [again(logits) for _ in range(5)] == drawn
+
+
+def test_drawing_follows_the_probabilities():
+    logits, choose = torch.tensor([0.0, 1.0, 2.0]), epvlm.sampler(2.0, 1.0, seed=0)
+    counts = torch.bincount(torch.tensor([choose(logits) for _ in range(20_000)]), minlength=3) / 20_000
+    torch.testing.assert_close(counts, torch.softmax(logits / 2, -1), atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings", [(-1, 1), (float("nan"), 1), (float("inf"), 1), (1, 0), (1, 1.1), (1, float("nan"))]
+)
+def test_settings_of_the_drawing_out_of_range_are_refused(settings):
+    with pytest.raises(ValueError, match="temperature"):
+        epvlm.sampler(*settings)
+
+
+def test_a_tiny_top_p_is_greedy(files):
+    model = EPVLM.from_pretrained("model")
+    prompt = model.prompt("image.png", "events.npy", QUESTION)
+    assert list(model.tokens(prompt, 6, temperature=1.0, top_p=1e-9)) == list(model.tokens(prompt, 6))
+
+
+# smart_resize
+
+
+@pytest.mark.parametrize(
+    "size, expected",
+    [
+        ((42, 70), (56, 56)),
+        ((14, 300), (28, 280)),
+        ((112, 112), (112, 112)),
+        ((5, 9), (56, 84)),
+        ((28, 5600), (28, 5600)),
+    ],
+)
+def test_sizes_round_half_to_even_within_the_limits(size, expected):
+    assert smart_resize(*size, 28, 3136, 12845056) == expected
+
+
+@given(st.integers(1, 4000), st.integers(1, 4000))
+def test_sizes_are_those_of_transformers_and_whole_groups(height, width):
+    if max(height, width) > 200 * min(height, width):
+        with pytest.raises(ValueError, match="over 200"):
+            smart_resize(height, width, 28, 3136, 1003520)
+        return
+    h, w = smart_resize(height, width, 28, 3136, 1003520)
+    assert (h, w) == theirs(height, width, 28, 3136, 1003520)
+    assert h % 28 == w % 28 == 0
+
+
+# Bad input
+
+
+def test_every_bad_input_is_one_line_and_status_2(files, capsys):
+    Path("text.png").write_text("no picture")
+    Path("cut.png").write_bytes(Path("image.png").read_bytes()[:5000])
+    Path("text.npy").write_text("1 2 3 4")
+    Path("empty").mkdir()
+    np.save("pickled.npy", {"x": 1})
+    np.save("wide.npy", np.array([(9, 700, 3, 1)], dtype=[("t", int), ("x", int), ("y", int), ("p", int)]))
+    Image.new("RGB", (1, 500)).save("thin.png")
+    ask = (QUESTION, "--model", "model")
+    for words, arguments in {
+        ("nowhere.png", "no such file"): ("nowhere.png", "none", *ask),
+        ("text.png", "give a whole PNG"): ("text.png", "none", *ask),
+        ("cut.png", "truncated"): ("cut.png", "none", *ask),
+        ("empty", "not an image"): ("empty", "none", *ask),
+        ("over 200 : 1", "crop"): ("thin.png", "none", *ask),
+        ("nowhere.npy", "the word none"): ("image.png", "nowhere.npy", *ask),
+        ("text.npy", "neither .npy nor .npz"): ("image.png", "text.npy", *ask),
+        ("pickled.npy", "never loaded", "allow_pickle=True"): ("image.png", "pickled.npy", *ask),
+        ("wide.npy", "x 700 to 700", "84 x 112", "--sensor 701x4"): ("image.png", "wide.npy", *ask),
+        ("1000 to 1099 us", "--window"): ("image.png", "events.npy", *ask, "--window", "5", "9"),
+        ("window 9 5",): ("image.png", "events.npy", *ask, "--window", "9", "5"),
+        ("sparsity 1.0", "[0, 1)"): ("image.png", "events.npy", *ask, "--sparsity", "1"),
+        ("sparsity -0.1",): ("image.png", "events.npy", *ask, "--sparsity", "-0.1"),
+        ("sparsity nan",): ("image.png", "events.npy", *ask, "--sparsity", "nan"),
+        ("--sparsity", "'half'"): ("image.png", "events.npy", *ask, "--sparsity", "half"),
+        ("--cell", "'pixel'", "group"): ("image.png", "events.npy", *ask, "--cell", "pixel"),
+        ("--sensor", "'240'", "240x180"): ("image.png", "events.npy", *ask, "--sensor", "240"),
+        ("min-pixels 9000 and max-pixels 8000",): (
+            "image.png",
+            "none",
+            *ask,
+            "--min-pixels",
+            "9000",
+            "--max-pixels",
+            "8000",
+        ),
+        ("--max-new-tokens", "'0'"): ("image.png", "none", *ask, "--max-new-tokens", "0"),
+        ("temperature -1.0",): ("image.png", "none", *ask, "--temperature", "-1"),
+        ("empty", "no config.json"): ("image.png", "none", QUESTION, "--model", "./empty"),
+        ("./nowhere", "no config.json"): ("image.png", "none", QUESTION, "--model", "./nowhere"),
+        ("required: question",): ("image.png", "none"),
+        ("question", "UTF-8"): ("image.png", "none", "broken \udcff", "--model", "model"),
+        ("--device", "'abacus'"): ("image.png", "none", *ask, "--device", "abacus"),
+    }.items():
+        line = refused(capsys, *arguments)
+        assert all(word in line for word in words), (words, line)
+    Path("model/model.safetensors").write_bytes(b"nothing")
+    assert "model.safetensors" in refused(capsys, "image.png", "none", *ask)
+
+
+def test_an_error_in_a_process_of_its_own_has_no_traceback(files):
+    done = program("nowhere.png", "events.npy", QUESTION)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "epvlm: error: nowhere.png: no such file; give the path of an image\n"
+
+
+def test_no_network_and_nothing_cached(files):
+    env = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(files / "cache"), "HF_HOME": str(files / "home")}
+    done = program("image.png", "events.npy", QUESTION, env=env)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "Qwen/Qwen2-VL-2B-Instruct: not in the local cache" in done.stderr and "--model DIR" in done.stderr
+
+
+def test_a_cached_download_loads_through_its_symbolic_links(files):
+    """huggingface_hub's cache: snapshots/COMMIT/file is a link to ../../blobs/HASH."""
+    repository, commit = files / "cache" / "models--tiny--model", "0" * 40
+    for folder in ("blobs", f"snapshots/{commit}", "refs"):
+        (repository / folder).mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    for number, file in enumerate(sorted(Path("model").iterdir())):
+        shutil.copy(file, repository / "blobs" / str(number))
+        (repository / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{number}")
+    env = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(files / "cache")}
+    common = ("image.png", "events.npy", QUESTION, "--max-new-tokens", "5", "--model")
+    cached, local = program(*common, "tiny/model", "--revision", "main", env=env), program(*common, "model")
+    assert (cached.returncode, cached.stdout, cached.stderr) == (0, local.stdout, local.stderr)
+
+
+def test_a_closed_pipe_ends_silently(files):
+    command = [
+        sys.executable,
+        str(PROGRAM),
+        "image.png",
+        "none",
+        QUESTION,
+        "--model",
+        "model",
+        "--max-new-tokens",
+        "4000",
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        running.stdout.read(1)
+        running.stdout.close()
+        assert running.stderr.read() == "kept 48 of 48 patches (12 of 12 tokens), no events\n"
+
+
+def test_the_real_frame_and_window(checkpoint, data, capsys):
+    folder = data / "recordings" / "slider_depth"
+    status = main([str(folder / "frame_00000002.png"), str(folder / "events_xypt_us.npy"), QUESTION, "--model",
+                   str(checkpoint[0]), "--window", "67500", "87500", "--max-new-tokens", "2"])  # fmt: skip
+    assert status == 0
+    assert capsys.readouterr().err == "kept 108 of 216 patches (27 of 54 tokens), 6957 events in 20.0 ms\n"
