@@ -37,13 +37,13 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from events import MICROSECONDS, Events, accumulate, budget_mask, literal_mask, motion, read_events, resize
+from events import MICROSECONDS, Events, budget_mask, event_map, literal_mask, motion, read_events, resize
 from llm import Decoder, DecoderConfig, generate, mrope_positions, sampler
 from vit import ImageConfig, VisionConfig, VisionTransformer, packed_patches, read_image, smart_resize
 from weights import fetch, fill, read_config, read_image_config, read_json, read_tensors, read_tokenizer
 
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = ("bfloat16", "float16", "float32")
 CHOICES = {"cell": ("group", "patch"), "ties": ("exact", "literal"), "polarity": ("count", "signed")}
 SPECIAL = {name: f"<|{name}|>" for name in ("im_start", "im_end", "vision_start", "vision_end", "image_pad")}
 
@@ -70,22 +70,21 @@ class Prompt:
 class EPVLM:
     """A Qwen2-VL checkpoint that can skip patches. `from_pretrained` makes one, `answer` uses it."""
 
-    def __init__(
-        self, vit: VisionTransformer, llm: Decoder, tokenizer: Tokenizer, images: ImageConfig, stop: frozenset
-    ):
+    def __init__(self, vit: VisionTransformer, llm: Decoder, tokenizer: Tokenizer, images: ImageConfig, stop: set[int]):
         self.vit, self.llm, self.tokenizer, self.images, self.stop = vit, llm, tokenizer, images, stop
         self.special = {name: tokenizer.token_to_id(text) for name, text in SPECIAL.items()}
 
     @classmethod
     def from_pretrained(cls, model: str | Path, revision: str | None = None, device=None, dtype=None) -> "EPVLM":
-        """Loads a checkpoint: a folder, or a hub id at a `revision`. device: None takes a CUDA GPU if there is one, else
-        the CPU. dtype: a torch.dtype or its name, None the checkpoint's own. Raises ValueError, naming what is wrong."""
+        """Loads a checkpoint: a folder, or a hub id at a `revision`. device: None takes a CUDA GPU if there is one,
+        else the CPU. dtype: a torch.dtype or its name, None the checkpoint's own. Raises ValueError naming a fault."""
+        device, dtype = _device(device), _dtype(dtype)
         folder = fetch(model, revision)
         path, sections = folder / "config.json", read_config(folder)
         vision, text = fill(VisionConfig, sections["vision"], path), fill(DecoderConfig, sections["text"], path)
         if vision.hidden_size != text.hidden_size:
             raise ValueError(
-                f"{path}: visual tokens of width {vision.hidden_size} do not fit a decoder of {text.hidden_size}"
+                f"{path}: visual tokens of {vision.hidden_size} do not fit a decoder of {text.hidden_size}"
             )
         images = fill(ImageConfig, read_image_config(folder), folder / "preprocessor_config.json")
         tokenizer = read_tokenizer(folder, text.vocab_size, SPECIAL.values())
@@ -93,7 +92,7 @@ class EPVLM:
             vit, llm = VisionTransformer(vision), Decoder(text)
         shapes = {f"visual.{name}": tuple(tensor.shape) for name, tensor in vit.state_dict().items()}
         shapes |= {name: tuple(tensor.shape) for name, tensor in llm.state_dict().items()}
-        tensors = read_tensors(folder, shapes, text.tie_word_embeddings, DTYPES.get(dtype, dtype), _device(device))
+        tensors = read_tensors(folder, shapes, text.tie_word_embeddings, dtype, device)
         visual = {name.removeprefix("visual."): tensors.pop(name) for name in shapes if name.startswith("visual.")}
         for module, state in ((vit, visual), (llm, tensors)):
             module.load_state_dict(state, assign=True)
@@ -101,25 +100,14 @@ class EPVLM:
         ends = read_json(folder / "generation_config.json", required=False).get("eos_token_id")
         ends = ends or sections["text"].get("eos_token_id") or []
         stop = {tokenizer.token_to_id(SPECIAL["im_end"]), *(ends if isinstance(ends, list) else [ends])}
-        return cls(vit, llm, tokenizer, images, frozenset(stop))
+        return cls(vit, llm, tokenizer, images, stop)
 
     def prompt(
-        self,
-        image: str | Path | Image.Image,
-        events: str | Path | np.ndarray | Events | None,
-        question: str,
-        sparsity: float = 0.5,
-        *,
-        cell: str = "group",
-        ties: str = "exact",
-        polarity: str = "count",
-        sensor: tuple[int, int] | None = None,
-        window: tuple[float, float] | None = None,
-        order: str | None = None,
-        time_unit: str | None = None,
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-    ) -> Prompt:
+        self, image: str | Path | Image.Image, events: str | Path | np.ndarray | Events | None, question: str,
+        sparsity: float = 0.5, *, cell: str = "group", ties: str = "exact", polarity: str = "count",
+        sensor: tuple[int, int] | None = None, window: tuple[float, float] | None = None, order: str | None = None,
+        time_unit: str | None = None, min_pixels: int | None = None, max_pixels: int | None = None,
+    ) -> Prompt:  # fmt: skip
         """Everything up to the model: the mask, the packed patches, the token ids and their dense positions.
 
         events: a path or an array (formats: `events.read_events`), None for the dense image. sparsity: fraction of
@@ -135,10 +123,9 @@ class EPVLM:
         height, width = smart_resize(image.height, image.width, patch * merge, images.min_pixels, images.max_pixels)
         keep, source = torch.ones(height // patch, width // patch, dtype=torch.bool), "no events"
         if events is not None:
-            E_v, source = event_map(events, image.size, sensor, window, polarity, order, time_unit)
+            E_v, source = event_map(read_events(events, order, time_unit), sensor, image.size, window, polarity)
             S = motion(resize(E_v, height, width), patch * merge if cell == "group" else patch)  # Eq. 5
-            M = (budget_mask if ties == "exact" else literal_mask)(S, tau=1 - sparsity)  # Eq. 6
-            M = torch.from_numpy(M)
+            M = torch.from_numpy((budget_mask if ties == "exact" else literal_mask)(S, tau=1 - sparsity))  # Eq. 6
             keep = M.repeat_interleave(merge, 0).repeat_interleave(merge, 1) if cell == "group" else M
         groups = keep.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).any(dim=3).any(dim=1)
         before, after = self._text(question)
@@ -215,35 +202,18 @@ def check_choices(sparsity: float, **chosen: str) -> None:
             raise ValueError(f"{name} {value!r}: give {' or '.join(CHOICES[name])}")
 
 
-def event_map(events, image_size, sensor, window, polarity, order, time_unit) -> tuple[np.ndarray, str]:
-    """E_v at the sensor's size, and what it was made of in words. Sizes are (width, height), window in microseconds."""
-    events = read_events(events, order, time_unit)
-    if isinstance(events, Events):
-        width, height = sensor or image_size
-        events.check_inside(height, width)
-        shown = events.within(*window) if window else events
-        E_v, (start, end) = (
-            accumulate(shown, height, width, polarity),
-            window or (shown.span() if len(shown) else (0, 0)),
-        )
-        source = f"{len(shown)} events in {(end - start) / 1000:.1f} ms"
-    else:
-        E_v, source = events, f"an event map of {events.shape[1]} x {events.shape[0]}"
-        if window or sensor not in (None, events.shape[::-1]):
-            raise ValueError(f"{source} has no times and only its own size; leave --window and --sensor out")
-    if not (len(events) if isinstance(events, Events) else E_v.any()):
-        warnings.warn("the recording holds no events at all; keeping evenly spread cells", stacklevel=3)
-    return E_v, source
-
-
 def _device(name) -> torch.device:
     """The device of that name, None for the first CUDA GPU if there is one. Raises ValueError if it cannot be used."""
     try:
         return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {str(name)!r} cannot be used ({str(error).splitlines()[0]}); try --device cpu"
-        ) from None
+        raise ValueError(f"device {str(name)!r} cannot be used ({str(error).splitlines()[0]}); try cpu") from None
+
+
+def _dtype(name) -> torch.dtype | None:
+    if isinstance(name, str) and name not in DTYPES:
+        raise ValueError(f"dtype {name!r}: give one of {', '.join(DTYPES)}")
+    return getattr(torch, name) if isinstance(name, str) else name
 
 
 class _Parser(argparse.ArgumentParser):
@@ -265,9 +235,7 @@ def _count(text: str) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser(
-        "epvlm", description="Answers a question about an image from the patches that move.", allow_abbrev=False
-    )
+    parser = _Parser("epvlm", description="Answers questions about an image from what moves.", allow_abbrev=False)
     add = parser.add_argument
     add("image", help="image file")
     add("events", help="recording or event map, .npy or .npz; the word none for the dense image")
@@ -289,7 +257,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, help="probability to draw from (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
     add("--device", help="such as cpu or cuda (default: cuda if there is one)")
-    add("--dtype", choices=tuple(DTYPES), help="default: the checkpoint's own")
+    add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
     return parser.parse_args(argv)
 
 

@@ -234,6 +234,30 @@ def accumulate(events: Events, height: int, width: int, polarity: str = "count")
     return counts.reshape(height, width)
 
 
+def event_map(events: Events | np.ndarray, sensor, size, window, polarity: str = "count") -> tuple[np.ndarray, str]:
+    """E_v at the sensor's size, and in words what it was made of.
+
+    sensor: (width, height) in pixels, or None for `size`, that of the image. window: (start, end) in microseconds, or
+    None for all. A map is taken as it is. Raises ValueError for events outside the sensor, and a window without any.
+    """
+    if isinstance(events, Events):
+        width, height = sensor or size
+        events.check_inside(height, width)  # all of them, also outside the window: is this the sensor's size?
+        shown = events.within(*window) if window else events
+        start, end = window or (shown.span() if len(shown) else (0, 0))
+        E_v, source = (
+            accumulate(shown, height, width, polarity),
+            f"{len(shown)} events in {(end - start) / 1000:.1f} ms",
+        )
+    else:
+        E_v, source = events, f"an event map of {events.shape[1]} x {events.shape[0]}"
+        if window or sensor not in (None, events.shape[::-1]):
+            raise ValueError(f"{source} has no times and only its own size; leave --window and --sensor out")
+    if not (len(events) if isinstance(events, Events) else E_v.any()):
+        warnings.warn("the recording holds no events at all; keeping evenly spread cells", stacklevel=3)
+    return E_v, source
+
+
 def resize(E_v: np.ndarray, height: int, width: int) -> np.ndarray:
     """E_v at the model's input size, (height, width) float64, weighted by area: a pixel's events spread evenly over
     what it covers, so that none is skipped when shrinking.

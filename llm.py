@@ -198,7 +198,7 @@ def sampler(temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Call
     smallest set of tokens that holds `top_p` of the probability. Raises ValueError for settings out of range."""
     if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature} must be 0 or more, top-p {top_p} above 0 and at most 1")
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % 2**63)
 
     def choose(logits: Tensor) -> int:
         if temperature == 0:
@@ -210,9 +210,7 @@ def sampler(temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Call
     return choose
 
 
-def generate(
-    decoder: Decoder, prompt: Tensor, positions: Tensor, limit: int, stop: frozenset[int], choose
-) -> Iterator[int]:
+def generate(decoder: Decoder, prompt: Tensor, positions: Tensor, limit: int, stop: set[int], choose) -> Iterator[int]:
     """Yields up to `limit` token ids as they are decided, the one in `stop` that ends the answer included.
 
     prompt (1, L, hidden_size); positions (3, L). Token n of the answer stands at the prompt's largest DENSE position

@@ -109,7 +109,7 @@ def test_the_end_token_is_the_last_token_yielded(checkpoint):
     _, _, ours = checkpoint
     prompt = ours.prompt(noise(56, 56), None, "Hi")
     first = next(ours.tokens(prompt, 5))
-    ending = EPVLM(ours.vit, ours.llm, ours.tokenizer, ours.images, frozenset([first]))
+    ending = EPVLM(ours.vit, ours.llm, ours.tokenizer, ours.images, {first})
     assert list(ending.tokens(prompt, 5)) == [first]
 
 
@@ -143,7 +143,7 @@ def test_prompt_ids_with_the_published_tokenizer(data, question):
     )
     if "<|" not in question:
         assert expected == theirs(before + question + after).input_ids
-    ours = EPVLM(None, None, Tokenizer.from_file(str(folder / "tokenizer.json")), None, frozenset())
+    ours = EPVLM(None, None, Tokenizer.from_file(str(folder / "tokenizer.json")), None, set())
     head, tail = ours._text(question)
     assert [*head, 151655, *tail] == expected
     assert max(tail[1 : -len(theirs(after).input_ids)], default=0) < 151643

@@ -118,7 +118,7 @@ def test_pixel_limits_in_every_spelling(tmp_path, settings, file):
         ({"vision_config": {"embed_dim": 63}}, "vision embed_dim 63"),
         (
             {"vision_config": {"embed_dim": 64, "num_heads": 4, "hidden_size": 32}},
-            "width 32 do not fit a decoder of 64",
+            "tokens of 32 do not fit a decoder of 64",
         ),
     ],
 )
