@@ -245,10 +245,8 @@ def event_map(events: Events | np.ndarray, sensor, size, window, polarity: str =
         events.check_inside(height, width)  # all of them, also outside the window: is this the sensor's size?
         shown = events.within(*window) if window else events
         start, end = window or (shown.span() if len(shown) else (0, 0))
-        E_v, source = (
-            accumulate(shown, height, width, polarity),
-            f"{len(shown)} events in {(end - start) / 1000:.1f} ms",
-        )
+        E_v = accumulate(shown, height, width, polarity)
+        source = f"{len(shown)} events in {(end - start) / 1000:.1f} ms"
     else:
         E_v, source = events, f"an event map of {events.shape[1]} x {events.shape[0]}"
         if window or sensor not in (None, events.shape[::-1]):

@@ -131,6 +131,17 @@ def test_the_sensor_may_be_of_another_size(files):
     assert prompt.keep[:2].all() and not prompt.keep[2:].any()
 
 
+def test_progress_counts_the_layers_and_clears_its_line(files, capsys):
+    model = EPVLM.from_pretrained("model")
+    prompt = model.prompt("image.png", "events.npy", QUESTION)
+    with epvlm.progress(model):
+        model.logits(prompt)
+    shown = "".join(f"\rlayer {n} of 4" for n in (1, 2, 3, 4)) + "\r\033[K"
+    assert capsys.readouterr().err == shown
+    model.logits(prompt)
+    assert capsys.readouterr().err == ""
+
+
 # Streaming and choosing
 
 
@@ -267,7 +278,7 @@ def test_every_bad_input_is_one_line_and_status_2(files, capsys):
         ("./nowhere", "no config.json"): ("image.png", "none", QUESTION, "--model", "./nowhere"),
         ("required: question",): ("image.png", "none"),
         ("question", "UTF-8"): ("image.png", "none", "broken \udcff", "--model", "model"),
-        ("--device", "'abacus'"): ("image.png", "none", *ask, "--device", "abacus"),
+        ("device 'abacus'", "try cpu"): ("image.png", "none", *ask, "--device", "abacus"),
     }.items():
         line = refused(capsys, *arguments)
         assert all(word in line for word in words), (words, line)
