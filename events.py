@@ -109,7 +109,7 @@ def read_events(source, order: str | None = None, time_unit: str | None = None) 
     if isinstance(data, np.ndarray) and not data.dtype.names:
         if data.ndim != 2 or data.dtype.kind not in "biuf":
             raise ValueError(
-                f"{name}: {data.dtype} array of shape {data.shape}; give fields x, y, t, p, an N x 4 array, or a map"
+                f"{name}: {data.dtype} array of shape {data.shape}; give x, y, t, p as fields or N x 4, or a map"
             )
         if data.shape[1] != 4:
             return _checked_map(name, data)
@@ -126,14 +126,13 @@ def _load(path: str):
         if magic[:1] == b"\x80":
             raise ValueError("pickled")
         if magic[:6] != b"\x93NUMPY" and magic[:2] != b"PK":
-            raise ValueError(
-                "neither .npy nor .npz; read it with your own tool (numpy.loadtxt for text) and numpy.save it"
-            )
+            raise ValueError("neither .npy nor .npz; convert it (text: numpy.loadtxt, then numpy.save)")
         data = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(data, np.ndarray):
             return data
         with data:
-            names = ["event_data"] if "event_data" in data.files else data.files
+            known = [name for name in data.files if any(name.lower() in aliases for aliases in ALIASES.values())]
+            names = ["event_data"] if "event_data" in data.files else known or data.files
             arrays = {name: data[name] for name in names}
         return next(iter(arrays.values())) if len(arrays) == 1 else arrays
     except FileNotFoundError:
@@ -152,7 +151,7 @@ def _fields(name: str, data) -> list:
     if None in found:
         missing = [column for column, key in zip(ALIASES, found, strict=True) if key is None]
         raise ValueError(
-            f"{name}: has {', '.join(present) or 'nothing'} but no {', '.join(missing)}; rename to x, y, t, p"
+            f"{name}: has {', '.join(present) or 'nothing'} but no {', '.join(missing)}; rename its fields"
         )
     return found
 
@@ -171,9 +170,7 @@ def _split_columns(name: str, rows: np.ndarray, order: str | None) -> dict[str, 
         others = [c for c in range(4) if not doubt and c != longest[0]]
         polar = [c for c in others if np.isin(columns[c], (-1, 0, 1)).all()]
         if doubt or len(polar) != 1:
-            raise ValueError(
-                f"{name}: which of its 4 columns are x, y, t, p is not certain; say --order, such as --order txyp"
-            )
+            raise ValueError(f"{name}: which of its columns are x, y, t, p is uncertain; say it, as in --order txyp")
         x, y = (c for c in others if c != polar[0])
         columns = [columns[c] for c in (x, y, longest[0], polar[0])]
     order = "xytp" if order is None else order
@@ -200,9 +197,7 @@ def _checked_events(events: Events, warn: bool) -> Events:
         if values.dtype.kind not in kinds:
             raise ValueError(f"{name}: {column} is of type {values.dtype}; store numbers")
         if len(values) != len(events):
-            raise ValueError(
-                f"{name}: {len(values)} values of {column} but {len(events)} of t; store one of each an event"
-            )
+            raise ValueError(f"{name}: {len(values)} values of {column} but {len(events)} of t; store as many of each")
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise ValueError(f"{name}: {column} holds NaN or infinity; drop those events")
         if column in "xy" and _fractions(values):

@@ -12,6 +12,7 @@ unexpected or misshapen is an error that names it and both shapes. Nothing is un
 """
 
 import json
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import fields
@@ -38,9 +39,7 @@ def fetch(model: str | Path, revision: str | None = None) -> Path:
     folder = Path(model).expanduser()
     if folder.exists() or folder.is_absolute() or str(model).startswith((".", "~")):
         if not (folder / "config.json").is_file():
-            raise ValueError(
-                f"{model}: no Qwen2-VL checkpoint, there is no config.json in it; give a folder or a hub id"
-            )
+            raise ValueError(f"{model}: no checkpoint, there is no config.json in it; give its folder or a hub id")
         return folder
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -184,9 +183,7 @@ def read_tensors(folder: Path, shapes: dict[str, tuple], tied: bool, dtype=None,
         file = maps[entry.path] if as_it_lies else _open(entry.path)
         tensors[name] = file.get_tensor(entry.name).to(device=device, dtype=dtype)
     if tied and HEAD in tensors and not torch.equal(tensors.pop(HEAD), tensors[EMBEDDING]):
-        raise ValueError(
-            f"{place[HEAD].path}: {HEAD} differs from the embedding config.json ties it to; correct one of them"
-        )
+        raise ValueError(f"{place[HEAD].path}: {HEAD} differs from {EMBEDDING}, config.json ties them; correct one")
     return tensors
 
 
@@ -206,18 +203,15 @@ def _places(folder: Path) -> dict[str, Entry]:
         file = _open(path)
         for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
             header = file.get_slice(name)
-            if header.get_dtype() not in DTYPES:
-                raise ValueError(
-                    f"{path}: {name} is of type {header.get_dtype()}; give a checkpoint in one of {', '.join(DTYPES)}"
-                )
+            kind = header.get_dtype()
+            if kind not in DTYPES:
+                raise ValueError(f"{path}: {name} is of type {kind}; give a checkpoint in one of {', '.join(DTYPES)}")
             published = name
             for newer, older in RENAMED.items():
                 published = older + name[len(newer) :] if name.startswith(newer) else published
             if published in places:
-                raise ValueError(
-                    f"{path}: {name} is stored already in {places[published].path.name}; remove one of them"
-                )
-            places[published] = Entry(name, path, tuple(header.get_shape()), DTYPES[header.get_dtype()])
+                raise ValueError(f"{path}: {name} is stored already in {places[published].path.name}; remove one")
+            places[published] = Entry(name, path, tuple(header.get_shape()), DTYPES[kind])
     return places
 
 
@@ -226,19 +220,12 @@ def _shards(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise ValueError(
-            f"{folder}: no model.safetensors and no index of shards; give a checkpoint in safetensors format"
-        )
+        raise ValueError(f"{folder}: no model.safetensors, and no index of shards; give a checkpoint in safetensors")
     files = _object(index, read_json(index), "weight_map").values()
-    outside = [
-        file
-        for file in files
-        if not (isinstance(file, str) and file.endswith(".safetensors") and Path(file).name == file)
-    ]
+    outside = [file for file in files if not re.fullmatch(r"[^/\\\0]+\.safetensors", str(file))]
     if outside or not files:
-        raise ValueError(
-            f"{index}: {outside[0] if outside else 'nothing'!r} is no file beside it; fetch the checkpoint again"
-        )
+        fault = repr(outside[0]) if outside else "an empty weight_map"
+        raise ValueError(f"{index}: {fault} is not a shard beside it; fetch the checkpoint again")
     return [folder / file for file in sorted(set(files))]
 
 

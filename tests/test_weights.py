@@ -208,7 +208,7 @@ def test_a_broken_file_is_named(copied, spoil):
 def test_an_index_names_only_files_beside_it(copied, file):
     (copied / "model.safetensors").unlink()
     (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
-    with pytest.raises(ValueError, match="is no file beside it"):
+    with pytest.raises(ValueError, match="is not a shard beside it"):
         EPVLM.from_pretrained(copied)
 
 
