@@ -21,14 +21,13 @@ What differs from plain Qwen2-VL: the mask. Without events, or at sparsity 0, th
 """
 
 import argparse
+import math
 import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +39,7 @@ from torch import Tensor
 from events import MICROSECONDS, Events, budget_mask, event_map, literal_mask, motion, read_events, resize
 from llm import Decoder, DecoderConfig, generate, mrope_positions, sampler
 from vit import ImageConfig, VisionConfig, VisionTransformer, packed_patches, read_image, smart_resize
-from weights import fetch, fill, read_config, read_image_config, read_json, read_tensors, read_tokenizer
+from weights import fetch, fill, read_config, read_ends, read_image_config, read_tensors, read_tokenizer
 
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 DTYPES = ("bfloat16", "float16", "float32")
@@ -97,9 +96,7 @@ class EPVLM:
         for module, state in ((vit, visual), (llm, tensors)):
             module.load_state_dict(state, assign=True)
             module.requires_grad_(False).eval()
-        ends = read_json(folder / "generation_config.json", required=False).get("eos_token_id")
-        ends = ends or sections["text"].get("eos_token_id") or []
-        stop = {tokenizer.token_to_id(SPECIAL["im_end"]), *(ends if isinstance(ends, list) else [ends])}
+        stop = read_ends(folder, sections["text"]) | {tokenizer.token_to_id(SPECIAL["im_end"])}
         return cls(vit, llm, tokenizer, images, stop)
 
     def prompt(
@@ -121,6 +118,10 @@ class EPVLM:
         images = replace(self.images, **{name: value for name, value in limits.items() if value is not None})
         patch, merge = config.patch_size, config.spatial_merge_size
         height, width = smart_resize(image.height, image.width, patch * merge, images.min_pixels, images.max_pixels)
+        groups = height * width // (patch * merge) ** 2
+        self._check_context(
+            (1 if events is None else 1 - sparsity) * groups, f"of {groups} tokens of a {width} x {height} image"
+        )
         keep, source = torch.ones(height // patch, width // patch, dtype=torch.bool), "no events"
         if events is not None:
             E_v, source = event_map(read_events(events, order, time_unit), sensor, image.size, window, polarity)
@@ -133,6 +134,12 @@ class EPVLM:
         positions = mrope_positions(len(before), groups, len(after))
         patches = packed_patches(image, keep, config, images)  # Eq. 7
         return Prompt(input_ids, positions, patches, groups, keep, len(before), source)
+
+    def _check_context(self, tokens: float, what: str) -> None:
+        limit = self.llm.config.max_position_embeddings
+        if tokens > limit:
+            remedy = "raise --sparsity, or lower --max-pixels or --max-new-tokens"
+            raise ValueError(f"{math.ceil(tokens)} tokens ({what}) exceed the model's {limit}; {remedy}")
 
     def _text(self, question: str) -> tuple[list[int], list[int]]:
         """Token ids before and after the image. Special tokens are put in by id; a question that spells one is text."""
@@ -170,6 +177,7 @@ class EPVLM:
         """Yields the answer's token ids as they are decided, the end token included. Greedy at temperature 0."""
         if max_new_tokens < 1:
             raise ValueError(f"max-new-tokens {max_new_tokens}: give 1 or more")
+        self._check_context(len(prompt.input_ids) + max_new_tokens, f"with {max_new_tokens} of the answer")
         choose = sampler(temperature, top_p, seed)
         yield from generate(self.llm, self._embed(prompt), prompt.position_ids, max_new_tokens, self.stop, choose)
 
@@ -205,7 +213,10 @@ def check_choices(sparsity: float, **chosen: str) -> None:
 def _device(name) -> torch.device:
     """The device of that name, None for the first CUDA GPU if there is one. Raises ValueError if it cannot be used."""
     try:
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("it is none of cpu, cuda, mps")
+        return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(name)!r} cannot be used ({str(error).splitlines()[0]}); try cpu") from None
 
@@ -218,19 +229,19 @@ def _dtype(name) -> torch.dtype | None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"epvlm: error: {message} (--help lists the options)\n")
+        self.exit(2, f"epvlm: error: {' '.join(message.split())} (--help lists the options)\n")
 
 
 def _sensor(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)[xX](\d+)", text)
-    if not match or "0" in match.groups():
+    match = re.fullmatch(r"([1-9]\d{0,5})[xX]([1-9]\d{0,5})", text)
+    if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT in pixels, such as 240x180")
     return int(match[1]), int(match[2])
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    if not re.fullmatch(r"[1-9]\d{0,8}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 999999999")
     return int(text)
 
 
@@ -263,54 +274,54 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """The command line's work. The small inputs are read first: a mistake there should not wait for a download."""
-    check_choices(args.sparsity)
-    image = read_image(args.image)
-    events = None if args.events == "none" else read_events(args.events, args.order, args.time_unit)
-    sampler(args.temperature, args.top_p, args.seed)
-    model = EPVLM.from_pretrained(args.model, args.revision, args.device, args.dtype)
     names = ("sparsity", "cell", "ties", "polarity", "sensor", "window", "min_pixels", "max_pixels")
-    prompt = model.prompt(image, events, args.question, **{name: getattr(args, name) for name in names})
+    sampling = {name: getattr(args, name) for name in ("temperature", "top_p", "seed")}
+    with warnings.catch_warnings(record=True) as caught:  # told below: where an error follows, it alone is told
+        warnings.simplefilter("always")
+        check_choices(args.sparsity)
+        sampler(**sampling)
+        image = read_image(args.image)
+        events = None if args.events == "none" else read_events(args.events, args.order, args.time_unit)
+        model = EPVLM.from_pretrained(args.model, args.revision, args.device, args.dtype)
+        prompt = model.prompt(image, events, args.question, **{name: getattr(args, name) for name in names})
+    for warning in caught:
+        print(f"epvlm: warning: {warning.message}", file=sys.stderr)
     print(prompt, file=sys.stderr, flush=True)
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "seed": args.seed}
-    pieces = model.stream(prompt, args.max_new_tokens, **sampling)
-    with progress(model) if sys.stderr.isatty() else nullcontext():
-        first = next(pieces, "")
-    for piece in chain([first], pieces):
+    if sys.stderr.isatty():
+        show_progress(model)
+    for piece in model.stream(prompt, args.max_new_tokens, **sampling):
         print(piece, end="", flush=True)
     print()
 
 
-@contextmanager
-def progress(model: EPVLM) -> Iterator[None]:
-    """Counts on stderr the layers that have read the prompt, and clears the line at the end."""
+def show_progress(model: EPVLM) -> None:
+    """Counts on stderr the layers that have read the prompt; after the last the line is cleared."""
     layers = [*model.vit.blocks, *model.llm.model["layers"]]
-    hooks = [
-        layer.register_forward_hook(lambda *_, n=n: print(f"\rlayer {n} of {len(layers)}", end="", file=sys.stderr))
-        for n, layer in enumerate(layers, 1)
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def show(number: int) -> None:
+        print(f"\rlayer {number} of {len(layers)}", end="", file=sys.stderr, flush=True)
+        if number == len(layers):
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            for hook in hooks:
+                hook.remove()
+
+    hooks = [layer.register_forward_hook(lambda *_, n=n: show(n)) for n, layer in enumerate(layers, 1)]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 0, 2 for bad input (told in one line), 130 when interrupted."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (it stays open: the caller closed the real one)
     args = parse(argv)
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f"epvlm: warning: {message}", file=sys.stderr)
-            run(args)
+        run(args)
         return 0
     except BrokenPipeError:  # the reader of the answer has left: nothing to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
-        print(f"epvlm: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, ArithmeticError, RuntimeError) as error:  # torch raises RuntimeError
+        print(f"epvlm: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
 
 

@@ -17,8 +17,6 @@ at all; Eq. 6 as printed then keeps every one of them.
 
 import math
 import warnings
-import zipfile
-import zlib
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -34,9 +32,9 @@ ALIASES = {
 }
 MICROSECONDS = {"s": Fraction(10**6), "ms": Fraction(10**3), "us": Fraction(1), "ns": Fraction(1, 1000)}
 CONVERT = (
-    "a pickled object, which is never loaded; if you trust it, convert it: "
-    "python -c \"import numpy as np; d = np.load('{0}', allow_pickle=True).item(); "
-    "np.savez('{1}.npz', x=d['x'], y=d['y'], t=d['t'], p=d['p'])\""
+    'a pickled object, which is never loaded; if you trust it, convert it: python -c "import numpy as np; '
+    "d = np.load('{0}', allow_pickle=True); d = d.item() if getattr(d, 'shape', 1) == () else d; "
+    "np.savez('{1}-plain.npz', **{{k: np.array(list(d[k])) for k in 'xytp'}})\""
 )
 
 
@@ -69,10 +67,9 @@ class Events:
             return
         left, right, top, bottom = self.extent
         if min(left, top) < 0 or right >= width or bottom >= height:
-            raise ValueError(
-                f"{self.name}: events cover x {left} to {right} and y {top} to {bottom}, which is not inside {width} x "
-                f"{height} pixels; give the sensor's size, such as --sensor {max(right + 1, 1)}x{max(bottom + 1, 1)}"
-            )
+            remedy = "drop those below 0" if min(left, top) < 0 else "give the event camera's size with --sensor WxH"
+            extent = f"x {left} to {right} and y {top} to {bottom}, not inside {width} x {height} pixels"
+            raise ValueError(f"{self.name}: events cover {extent}; {remedy}")
 
     def within(self, start: float, end: float) -> "Events":
         """The events from `start` to `end`, both included, in microseconds on the recording's clock.
@@ -85,10 +82,11 @@ class Events:
         low, high = (math.ceil(low), math.floor(high)) if self.t.dtype.kind in "iu" else (float(low), float(high))
         chosen = (self.t >= low) & (self.t <= high)
         if len(self) and not chosen.any():
-            first, last = self.span()
+            asked, whole = (
+                " to ".join(f"{v:.3f}".rstrip("0").rstrip(".") for v in w) for w in ((start, end), self.span())
+            )
             raise ValueError(
-                f"{self.name}: no event from {start:.15g} to {end:.15g} us; the recording goes from {first:.15g} to "
-                f"{last:.15g} us: choose --window (and --time-unit) to match"
+                f"{self.name}: no event from {asked} us, it goes from {whole} us; change --window or --time-unit"
             )
         return Events(self.name, *(column[chosen] for column in (self.x, self.y, self.t, self.p)), self.unit)
 
@@ -105,7 +103,11 @@ def read_events(source, order: str | None = None, time_unit: str | None = None) 
         return source
     if time_unit not in (None, *MICROSECONDS):
         raise ValueError(f"time unit {time_unit!r}: give one of {', '.join(MICROSECONDS)}")
-    name, data = ("the events", source) if isinstance(source, np.ndarray) else (str(source), _load(str(source)))
+    if order is not None and sorted(order) != sorted("xytp"):
+        raise ValueError(f"order {order!r}: give the letters x, y, t, p once each, such as txyp")
+    if not isinstance(source, str | Path | np.ndarray):
+        raise ValueError(f"events of type {type(source).__name__}: give a path, a numpy array, or none")
+    name, data = ("the events", source) if isinstance(source, np.ndarray) else (str(source), _load(Path(source)))
     if isinstance(data, np.ndarray) and not data.dtype.names:
         if data.ndim != 2 or data.dtype.kind not in "biuf":
             raise ValueError(
@@ -113,18 +115,20 @@ def read_events(source, order: str | None = None, time_unit: str | None = None) 
             )
         if data.shape[1] != 4:
             return _checked_map(name, data)
-        data = _split_columns(name, data, order)
+        data = dict(zip(order or _order(name, data), data.T, strict=True))
     columns = [np.ravel(data[field]) for field in _fields(name, data)]
     return _checked_events(Events(name, *columns, time_unit or "us"), warn=time_unit is None)
 
 
-def _load(path: str):
-    """What a .npy or .npz file holds: an array, or a dict of arrays."""
+def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
+    """What a .npy or .npz file holds."""
     try:
-        with open(path, "rb") as file:
+        if path.exists() and not path.is_file():
+            raise ValueError("not a file")
+        with path.open("rb") as file:
             magic = file.read(6)
         if magic[:1] == b"\x80":
-            raise ValueError("pickled")
+            raise ValueError("Object that is pickled")
         if magic[:6] != b"\x93NUMPY" and magic[:2] != b"PK":
             raise ValueError("neither .npy nor .npz; convert it (text: numpy.loadtxt, then numpy.save)")
         data = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -134,49 +138,60 @@ def _load(path: str):
             known = [name for name in data.files if any(name.lower() in aliases for aliases in ALIASES.values())]
             names = ["event_data"] if "event_data" in data.files else known or data.files
             arrays = {name: data[name] for name in names}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError(f"it holds {', '.join(names)}, which are no arrays")
         return next(iter(arrays.values())) if len(arrays) == 1 else arrays
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; give a .npy or .npz of events, or the word none") from None
-    except (ValueError, EOFError, OSError, KeyError, MemoryError, zlib.error, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())
-        if "pickled" in reason or "object" in reason.lower():
-            reason = CONVERT.format(path, Path(path).stem)
+        raise ValueError(f"{path}: no such file; give a .npy or .npz of events, or none") from None
+    except Exception as error:  # numpy, zipfile, zlib and tokenize raise of many kinds
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, ValueError) and "object" in reason.lower():
+            reason = CONVERT.format(path, path.stem)
         raise ValueError(f"{path}: cannot be read as events: {reason}") from None
 
 
-def _fields(name: str, data) -> list:
+def _fields(name: str, data) -> list[str]:
     """The keys of x, y, t, p in a structured array or a dict, by their usual names."""
-    present = {key.lower(): key for key in (data.dtype.names if isinstance(data, np.ndarray) else data)}
-    found = [next((present[a] for a in aliases if a in present), None) for aliases in ALIASES.values()]
-    if None in found:
-        missing = [column for column, key in zip(ALIASES, found, strict=True) if key is None]
-        raise ValueError(
-            f"{name}: has {', '.join(present) or 'nothing'} but no {', '.join(missing)}; rename its fields"
-        )
-    return found
+    present = data.dtype.names if isinstance(data, np.ndarray) else list(data)
+    found = [[key for key in present if key.lower() in aliases] for aliases in ALIASES.values()]
+    for column, keys in zip(ALIASES, found, strict=True):
+        if len(keys) != 1:
+            fault = (
+                f"{' and '.join(keys)} for {column}" if keys else f"{', '.join(present) or 'nothing'}, but no {column}"
+            )
+            raise ValueError(f"{name}: has {fault}; name its columns x, y, t, p")
+    return [key for keys in found for key in keys]
 
 
-def _split_columns(name: str, rows: np.ndarray, order: str | None) -> dict[str, np.ndarray]:
-    """Names the columns of an N x 4 array. Time is the non-decreasing column of largest range, polarity the one that
-    holds only -1, 0, 1; of the other two x comes first, as in every layout in use. Doubt is an error, not a guess."""
+def _order(name: str, rows: np.ndarray) -> str:
+    """What the columns of an N x 4 array are, such as "txyp".
+
+    Polarity is the column that holds only -1, 0 and 1. Time is, of those that never decrease, the one of largest range.
+    Of the other two x comes first, as in every layout in use. A column that could be time as well (constant, or of more
+    than a tenth of that range, or the only one with fractions) is a doubt, and a doubt is an error, not a guess.
+    """
+    if not len(rows):
+        return "xytp"
     columns = list(rows.T)
-    if order is None and len(rows):
-        with np.errstate(invalid="ignore"):
-            spans = {c: float(v[-1]) - float(v[0]) for c, v in enumerate(columns) if (v[1:] >= v[:-1]).all()}
-        longest = sorted(spans, key=spans.get, reverse=True)
-        doubt = not longest or spans[longest[0]] == 0
-        doubt = doubt or (len(longest) > 1 and spans[longest[0]] == spans[longest[1]])
-        doubt = doubt or any(_fractions(columns[c]) and not _fractions(columns[longest[0]]) for c in longest[1:])
-        others = [c for c in range(4) if not doubt and c != longest[0]]
-        polar = [c for c in others if np.isin(columns[c], (-1, 0, 1)).all()]
-        if doubt or len(polar) != 1:
-            raise ValueError(f"{name}: which of its columns are x, y, t, p is uncertain; say it, as in --order txyp")
-        x, y = (c for c in others if c != polar[0])
-        columns = [columns[c] for c in (x, y, longest[0], polar[0])]
-    order = "xytp" if order is None else order
-    if sorted(order) != sorted("xytp"):
-        raise ValueError(f"order {order!r}: give the letters x, y, t, p once each, such as txyp")
-    return dict(zip(order, columns, strict=True))
+    polar = [c for c in range(4) if -1 <= columns[c].min() <= columns[c].max() <= 1 and not _fractions(columns[c])]
+    ranges = {
+        c: float(columns[c][-1]) - float(columns[c][0]) for c in range(4) if c not in polar and _rises(columns[c])
+    }
+    time = max(ranges, key=ranges.get, default=None)
+    rivals = [
+        c
+        for c in ranges
+        if c != time
+        and (ranges[c] == 0 or 10 * ranges[c] > ranges[time] or _fractions(columns[c]) > _fractions(columns[time]))
+    ]
+    if len(polar) != 1 or not ranges or ranges[time] == 0 or rivals:
+        raise ValueError(f"{name}: which of its columns are x, y, t, p is uncertain; say it, as in --order txyp")
+    x, y = (c for c in range(4) if c not in (time, polar[0]))
+    return "".join({x: "x", y: "y", time: "t", polar[0]: "p"}[c] for c in range(4))
+
+
+def _rises(values: np.ndarray) -> bool:
+    return bool((values[1:] >= values[:-1]).all())
 
 
 def _fractions(values: np.ndarray) -> bool:
@@ -184,8 +199,10 @@ def _fractions(values: np.ndarray) -> bool:
 
 
 def _checked_map(name: str, data: np.ndarray) -> np.ndarray:
-    if data.size == 0 or not np.isfinite(data).all():
-        raise ValueError(f"{name}: event map of shape {data.shape} is empty or holds values that are not finite")
+    if data.size == 0 or max(data.shape) > 20 * min(data.shape):
+        raise ValueError(f"{name}: shape {data.shape} is neither N x 4 events nor a map of an image; reshape it")
+    if not np.isfinite(data).all():
+        raise ValueError(f"{name}: the event map holds NaN or infinity; replace them")
     return data
 
 
@@ -194,7 +211,7 @@ def _checked_events(events: Events, warn: bool) -> Events:
     name, allowed = events.name, {"x": "iuf", "y": "iuf", "t": "iuf", "p": "biuf"}
     for column, kinds in allowed.items():
         values = getattr(events, column)
-        if values.dtype.kind not in kinds:
+        if values.dtype.kind not in kinds or values.dtype.itemsize > 8:
             raise ValueError(f"{name}: {column} is of type {values.dtype}; store numbers")
         if len(values) != len(events):
             raise ValueError(f"{name}: {len(values)} values of {column} but {len(events)} of t; store as many of each")
@@ -237,7 +254,15 @@ def event_map(events: Events | np.ndarray, sensor, size, window, polarity: str =
     """
     if isinstance(events, Events):
         width, height = sensor or size
+        if min(width, height) < 1 or width * height > 2**30:
+            raise ValueError(f"a sensor of {width} x {height} pixels; give its real size")
         events.check_inside(height, width)  # all of them, also outside the window: is this the sensor's size?
+        if not sensor and len(events) and 2 * events.extent[1] < width and 2 * events.extent[3] < height:
+            warnings.warn(
+                f"all events lie in the image's first quarter; if the event camera is smaller than its {width} x "
+                f"{height} pixels, say --sensor",
+                stacklevel=3,
+            )
         shown = events.within(*window) if window else events
         start, end = window or (shown.span() if len(shown) else (0, 0))
         E_v = accumulate(shown, height, width, polarity)

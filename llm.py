@@ -203,7 +203,8 @@ def sampler(temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Call
     def choose(logits: Tensor) -> int:
         if temperature == 0:
             return int(logits.argmax())
-        probability, token = (logits.cpu() / temperature).softmax(-1).sort(descending=True)
+        logits = logits.cpu().double()  # and the largest taken off: a small temperature must not overflow
+        probability, token = ((logits - logits.max()) / temperature).softmax(-1).sort(descending=True)
         probability[probability.cumsum(-1) - probability >= top_p] = 0  # what the tokens before it already fill
         return int(token[torch.multinomial(probability, 1, generator=generator)])
 

@@ -37,6 +37,10 @@ class ImageConfig:
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
+    def __post_init__(self):
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
+            raise ValueError("image_mean and image_std need three values, image_std above 0")
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -66,17 +70,21 @@ def read_image(image: str | Path | Image.Image) -> Image.Image:
     name = "the image" if isinstance(image, Image.Image) else str(image)
     try:
         image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
-        if image.mode.startswith("I;16"):
+        if image.mode.startswith("I"):  # 16 bits of grey; some formats open as 32
+            if np.asarray(image).min() < 0 or np.asarray(image).max() > 65535:
+                raise ValueError("over 16 bits of grey")
             image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+        if image.mode == "F":
+            raise ValueError("floating-point grey")
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"{name}: no such file; give the path of an image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise of many kinds
         reason = " ".join(str(error).split())
-        raise ValueError(f"{name}: not an image that can be read ({reason}); give a whole PNG or JPEG") from error
+        raise ValueError(f"{name}: not an image that can be read ({reason}); give an 8-bit PNG or JPEG") from None
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
@@ -85,10 +93,12 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     Rounds half to even, as the published preprocessing does: factor 28 takes 42 to 56 and 70 to 56. Raises ValueError
     when one side is over 200 times the other. Source: smart_resize in transformers' image_processing_qwen2_vl.py.
     """
-    if max(height, width) > 200 * min(height, width):
+    if not 0 < max(height, width) <= 200 * min(height, width):
         raise ValueError(f"an image of {width} x {height} pixels has sides over 200 : 1; crop it")
     if not 0 < min_pixels <= max_pixels:
-        raise ValueError(f"min-pixels {min_pixels} and max-pixels {max_pixels} must be positive and in this order")
+        raise ValueError(
+            f"--min-pixels {min_pixels} must be positive and not above --max-pixels {max_pixels}; change one"
+        )
     h, w = (round(side / factor) * factor for side in (height, width))
     if h * w > max_pixels:
         beta = math.sqrt(height * width / max_pixels)
@@ -188,8 +198,8 @@ class Merger(nn.Module):
     def forward(self, Z_v: Tensor, keep: Tensor) -> Tensor:
         """Z_v (B, N', embed_dim); keep (N,) bool in group order. Returns H_v (B, groups kept, hidden_size).
 
-        A group survives if any of its patches does; what it lacks (only with the paper's literal 14-pixel mask) is
-        zero in its own slot. Example: patches a, d of a group kept gives the joined row [a, 0, 0, d].
+        A group survives if any of its patches does. What it lacks (only with the paper's literal 14-pixel mask) enters
+        as zeros in its own slot: with patches a and d of a group kept, its four rows are a, 0, 0, d.
         """
         members = keep.view(-1, self.slots)
         members = members[members.any(dim=1)]  # (groups kept, M_v^2)

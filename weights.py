@@ -12,6 +12,7 @@ unexpected or misshapen is an error that names it and both shapes. Nothing is un
 """
 
 import json
+import math
 import re
 import sys
 from collections.abc import Iterable
@@ -28,18 +29,27 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 FILES = ["*config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 RENAMED = {"model.visual.": "visual.", "model.language_model.": "model."}  # newer spelling -> published spelling
+FIXED = (  # settings that other models have otherwise: section, key, what Qwen2-VL has
+    ("text", "rope_type", "default", "mrope"),
+    ("text", "type", "default", "mrope"),
+    ("text", "hidden_act", "silu"),
+    ("text", "use_sliding_window", False),
+    ("vision", "hidden_act", "quick_gelu"),
+)
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def fetch(model: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint: `model` itself if it is one, else the hub's repository of that name, downloaded into
     huggingface_hub's cache (its progress bars show on a terminal only). Raises ValueError with the remedy."""
-    folder = Path(model).expanduser()
+    folder = Path(model)
     if folder.exists() or folder.is_absolute() or str(model).startswith((".", "~")):
         if not (folder / "config.json").is_file():
             raise ValueError(f"{model}: no checkpoint, there is no config.json in it; give its folder or a hub id")
+        if revision:
+            raise ValueError(f"{model}: a folder has no revisions; leave --revision out")
         return folder
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -49,8 +59,9 @@ def fetch(model: str | Path, revision: str | None = None) -> Path:
         reason = "neither a folder nor a hub id such as Qwen/Qwen2-VL-2B-Instruct; correct --model"
     except LocalEntryNotFoundError:
         reason = "not in the local cache, and the hub cannot be reached; connect once, or give a folder: --model DIR"
-    except Exception as error:  # whatever the hub's client and its network library raise
-        reason = f"cannot be downloaded ({type(error).__name__}); check the name, --revision and your access to it"
+    except Exception as error:  # whatever the hub's client, its network library and the disk raise
+        told = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        reason = f"cannot be downloaded ({told}); check the name, --revision, your access and the disk"
     raise ValueError(f"{model}: {reason}")
 
 
@@ -86,16 +97,16 @@ def read_config(folder: Path) -> dict[str, dict]:
     vision = _object(path, root, "vision_config")
     text = {**root, **_object(path, root, "text_config")}
     vision.setdefault("in_channels", vision.get("in_chans", 3))
-    text["tie_word_embeddings"] = bool(root.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
+    text["tie_word_embeddings"] = root.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
     for section in (vision, text):
         rope = {**_object(path, section, "rope_scaling"), **_object(path, section, "rope_parameters")}
-        section.update((key, rope[key]) for key in ("rope_theta", "mrope_section") if key in rope)
-    kind = rope.get("rope_type", rope.get("type", "mrope"))
-    if kind not in ("default", "mrope") or text.get("use_sliding_window") or text.get("hidden_act", "silu") != "silu":
-        raise ValueError(
-            f"{path}: rotary type {kind!r}, sliding window {text.get('use_sliding_window')} and activation "
-            f"{text.get('hidden_act')!r} are not those of Qwen2-VL; give a published checkpoint"
-        )
+        section.update((key, rope[key]) for key in ("rope_theta", "mrope_section", "rope_type", "type") if key in rope)
+    for section, key, *accepted in FIXED:
+        value = {"vision": vision, "text": text}[section].get(key)
+        if value not in (None, *accepted):
+            raise ValueError(
+                f"{path}: {section} {key} is {value!r}, Qwen2-VL's is {accepted[0]!r}; give such a checkpoint"
+            )
     return {"vision": vision, "text": text, "root": root}
 
 
@@ -103,8 +114,9 @@ def read_image_config(folder: Path) -> dict:
     """The image settings, flat: min_pixels and max_pixels stand at the root of preprocessor_config.json or within its
     `size`, there also as shortest_edge and longest_edge; newer files keep it all inside processor_config.json."""
     section = read_json(folder / "preprocessor_config.json", required=False)
-    section = section or read_json(folder / "processor_config.json", required=False).get("image_processor") or {}
-    size = section.get("size") or {}
+    path = folder / "processor_config.json"
+    section = section or _object(path, read_json(path, required=False), "image_processor")
+    size = _object(folder / "preprocessor_config.json", section, "size")
     for key, newer in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         value = section.get(key) or size.get(key) or size.get(newer)
         section = {**section, key: value} if value else {k: v for k, v in section.items() if k != key}
@@ -121,11 +133,11 @@ def _object(path: Path, section: dict, key: str) -> dict:
 def fill(config_class: type, section: dict, path: Path):
     """A frozen config dataclass from a section of a JSON file: unknown keys are left, absent ones take the default.
 
-    Raises ValueError, naming file and key, for a value of the wrong type or a number that is not positive.
+    Raises ValueError, naming file and key, for a value of the wrong type or a whole number that is not positive.
     """
     values = {}
     for field in fields(config_class):
-        if field.name not in section:
+        if section.get(field.name) is None:
             continue
         value, several = section[field.name], get_origin(field.type) is tuple
         kind = get_args(field.type)[0] if several else field.type
@@ -143,7 +155,20 @@ def fill(config_class: type, section: dict, path: Path):
 def _fits(value, kind: type) -> bool:
     if kind is bool or isinstance(value, bool):
         return kind is bool and isinstance(value, bool)
-    return isinstance(value, (int, float) if kind is float else kind) and value > 0
+    if kind is float:
+        return isinstance(value, int | float) and 0 <= value < math.inf
+    return isinstance(value, kind) and value > 0
+
+
+def read_ends(folder: Path, text: dict) -> set[int]:
+    """The token ids that end an answer: generation_config.json's, else config.json's; one or several."""
+    path = folder / "generation_config.json"
+    ends = read_json(path, required=False).get("eos_token_id")
+    ends = text.get("eos_token_id") if ends is None else ends
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(end) is int for end in ends):
+        raise ValueError(f"{path}: eos_token_id is {ends!r}, not token ids; fetch the checkpoint again")
+    return set(ends)
 
 
 def read_tokenizer(folder: Path, vocab_size: int, special: Iterable[str]) -> Tokenizer:
@@ -151,7 +176,7 @@ def read_tokenizer(folder: Path, vocab_size: int, special: Iterable[str]) -> Tok
     one of the `special` tokens, or has more tokens than the model."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; put the tokenizer.json of Qwen2-VL there")
+        raise ValueError(f"{path}: no such file; the checkpoint is not complete, fetch it again or copy it there")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers package raises nothing narrower
@@ -204,14 +229,14 @@ def _places(folder: Path) -> dict[str, Entry]:
         for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
             header = file.get_slice(name)
             kind = header.get_dtype()
-            if kind not in DTYPES:
-                raise ValueError(f"{path}: {name} is of type {kind}; give a checkpoint in one of {', '.join(DTYPES)}")
+            if kind not in STORED:
+                raise ValueError(f"{path}: {name} is of type {kind}; give a checkpoint in one of {', '.join(STORED)}")
             published = name
             for newer, older in RENAMED.items():
                 published = older + name[len(newer) :] if name.startswith(newer) else published
             if published in places:
                 raise ValueError(f"{path}: {name} is stored already in {places[published].path.name}; remove one")
-            places[published] = Entry(name, path, tuple(header.get_shape()), DTYPES[kind])
+            places[published] = Entry(name, path, tuple(header.get_shape()), STORED[kind])
     return places
 
 
@@ -220,7 +245,7 @@ def _shards(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise ValueError(f"{folder}: no model.safetensors, and no index of shards; give a checkpoint in safetensors")
+        raise ValueError(f"{folder}: neither model.safetensors nor an index of shards; fetch the checkpoint again")
     files = _object(index, read_json(index), "weight_map").values()
     outside = [file for file in files if not re.fullmatch(r"[^/\\\0]+\.safetensors", str(file))]
     if outside or not files:

@@ -134,8 +134,8 @@ def test_the_sensor_may_be_of_another_size(files):
 def test_progress_counts_the_layers_and_clears_its_line(files, capsys):
     model = EPVLM.from_pretrained("model")
     prompt = model.prompt("image.png", "events.npy", QUESTION)
-    with epvlm.progress(model):
-        model.logits(prompt)
+    epvlm.show_progress(model)
+    model.logits(prompt)
     shown = "".join(f"\rlayer {n} of 4" for n in (1, 2, 3, 4)) + "\r\033[K"
     assert capsys.readouterr().err == shown
     model.logits(prompt)
@@ -247,14 +247,14 @@ def test_every_bad_input_is_one_line_and_status_2(files, capsys):
     ask = (QUESTION, "--model", "model")
     for words, arguments in {
         ("nowhere.png", "no such file"): ("nowhere.png", "none", *ask),
-        ("text.png", "give a whole PNG"): ("text.png", "none", *ask),
+        ("text.png", "give an 8-bit PNG"): ("text.png", "none", *ask),
         ("cut.png", "truncated"): ("cut.png", "none", *ask),
         ("empty", "not an image"): ("empty", "none", *ask),
         ("over 200 : 1", "crop"): ("thin.png", "none", *ask),
-        ("nowhere.npy", "the word none"): ("image.png", "nowhere.npy", *ask),
+        ("nowhere.npy", ".npz of events, or none"): ("image.png", "nowhere.npy", *ask),
         ("text.npy", "neither .npy nor .npz"): ("image.png", "text.npy", *ask),
         ("pickled.npy", "never loaded", "allow_pickle=True"): ("image.png", "pickled.npy", *ask),
-        ("wide.npy", "x 700 to 700", "84 x 112", "--sensor 701x4"): ("image.png", "wide.npy", *ask),
+        ("wide.npy", "x 700 to 700", "84 x 112", "--sensor WxH"): ("image.png", "wide.npy", *ask),
         ("1000 to 1099 us", "--window"): ("image.png", "events.npy", *ask, "--window", "5", "9"),
         ("window 9 5",): ("image.png", "events.npy", *ask, "--window", "9", "5"),
         ("sparsity 1.0", "[0, 1)"): ("image.png", "events.npy", *ask, "--sparsity", "1"),
@@ -263,7 +263,7 @@ def test_every_bad_input_is_one_line_and_status_2(files, capsys):
         ("--sparsity", "'half'"): ("image.png", "events.npy", *ask, "--sparsity", "half"),
         ("--cell", "'pixel'", "group"): ("image.png", "events.npy", *ask, "--cell", "pixel"),
         ("--sensor", "'240'", "240x180"): ("image.png", "events.npy", *ask, "--sensor", "240"),
-        ("min-pixels 9000 and max-pixels 8000",): (
+        ("--min-pixels 9000", "--max-pixels 8000", "change one"): (
             "image.png",
             "none",
             *ask,

@@ -106,7 +106,7 @@ def test_pixel_limits_in_every_spelling(tmp_path, settings, file):
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"model_type": "qwen2_5_vl"}, "model_type is 'qwen2_5_vl'"),
         ({"text_config": 3}, "text_config is 3"),
-        ({"use_sliding_window": True}, "sliding window True"),
+        ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"hidden_size": "64"}, "hidden_size is '64', not a positive int"),
         ({"hidden_size": 0}, "hidden_size is 0"),
         ({"hidden_size": True}, "hidden_size is True"),
@@ -114,7 +114,7 @@ def test_pixel_limits_in_every_spelling(tmp_path, settings, file):
         ({"rms_norm_eps": "small"}, "rms_norm_eps is 'small'"),
         ({"rope_scaling": {"mrope_section": 16}}, "mrope_section is 16, not a list of positive int"),
         ({"rope_scaling": {"mrope_section": [2, 3]}}, r"mrope_section \(2, 3\)"),
-        ({"rope_scaling": {"type": "yarn", "mrope_section": [2, 3, 3]}}, "rotary type 'yarn'"),
+        ({"rope_scaling": {"type": "yarn", "mrope_section": [2, 3, 3]}}, "type is 'yarn'"),
         ({"vision_config": {"embed_dim": 63}}, "vision embed_dim 63"),
         (
             {"vision_config": {"embed_dim": 64, "num_heads": 4, "hidden_size": 32}},
