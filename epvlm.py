@@ -39,10 +39,19 @@ from torch import Tensor
 from events import MICROSECONDS, Events, budget_mask, event_map, literal_mask, motion, read_events, resize
 from llm import Decoder, DecoderConfig, generate, mrope_positions, sampler
 from vit import ImageConfig, VisionConfig, VisionTransformer, packed_patches, read_image, smart_resize
-from weights import fetch, fill, read_config, read_ends, read_image_config, read_tensors, read_tokenizer
+from weights import (
+    DTYPES,
+    fetch,
+    fill,
+    placement,
+    read_config,
+    read_ends,
+    read_image_config,
+    read_tensors,
+    read_tokenizer,
+)
 
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
-DTYPES = ("bfloat16", "float16", "float32")
 CHOICES = {"cell": ("group", "patch"), "ties": ("exact", "literal"), "polarity": ("count", "signed")}
 SPECIAL = {name: f"<|{name}|>" for name in ("im_start", "im_end", "vision_start", "vision_end", "image_pad")}
 
@@ -77,7 +86,7 @@ class EPVLM:
     def from_pretrained(cls, model: str | Path, revision: str | None = None, device=None, dtype=None) -> "EPVLM":
         """Loads a checkpoint: a folder, or a hub id at a `revision`. device: None takes a CUDA GPU if there is one,
         else the CPU. dtype: a torch.dtype or its name, None the checkpoint's own. Raises ValueError naming a fault."""
-        device, dtype = _device(device), _dtype(dtype)
+        device, dtype = placement(device, dtype)
         folder = fetch(model, revision)
         path, sections = folder / "config.json", read_config(folder)
         vision, text = fill(VisionConfig, sections["vision"], path), fill(DecoderConfig, sections["text"], path)
@@ -170,21 +179,27 @@ class EPVLM:
         """Scores of the token after each of the prompt's, (L, vocab_size) float32."""
         return self.llm.logits(self.llm(self._embed(prompt), prompt.position_ids))[0]
 
-    @torch.inference_mode()
     def tokens(
         self, prompt: Prompt, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
     ) -> Iterator[int]:
-        """Yields the answer's token ids as they are decided, the end token included. Greedy at temperature 0."""
+        """The answer's token ids as they are decided, the end token included. Greedy at temperature 0. Raises
+        ValueError, before any work, for settings out of range and for what exceeds the model's context."""
         if max_new_tokens < 1:
             raise ValueError(f"max-new-tokens {max_new_tokens}: give 1 or more")
         self._check_context(len(prompt.input_ids) + max_new_tokens, f"with {max_new_tokens} of the answer")
-        choose = sampler(temperature, top_p, seed)
-        yield from generate(self.llm, self._embed(prompt), prompt.position_ids, max_new_tokens, self.stop, choose)
+        return self._decode(prompt, max_new_tokens, sampler(temperature, top_p, seed))
+
+    @torch.inference_mode()
+    def _decode(self, prompt: Prompt, limit: int, choose) -> Iterator[int]:
+        yield from generate(self.llm, self._embed(prompt), prompt.position_ids, limit, self.stop, choose)
 
     def stream(self, prompt: Prompt, max_new_tokens: int = 128, **sampling) -> Iterator[str]:
-        """Yields the answer as text, in pieces that are whole UTF-8; joined they are the answer."""
+        """The same as text, in pieces that are whole UTF-8; joined they are the answer."""
+        return self._pieces(self.tokens(prompt, max_new_tokens, **sampling))
+
+    def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
         held: list[int] = []
-        for token in self.tokens(prompt, max_new_tokens, **sampling):
+        for token in tokens:
             held.append(token)
             text = self.tokenizer.decode(held, skip_special_tokens=True)
             if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character is split between tokens
@@ -208,23 +223,6 @@ def check_choices(sparsity: float, **chosen: str) -> None:
     for name, value in chosen.items():
         if value not in CHOICES[name]:
             raise ValueError(f"{name} {value!r}: give {' or '.join(CHOICES[name])}")
-
-
-def _device(name) -> torch.device:
-    """The device of that name, None for the first CUDA GPU if there is one. Raises ValueError if it cannot be used."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("it is none of cpu, cuda, mps")
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(name)!r} cannot be used ({str(error).splitlines()[0]}); try cpu") from None
-
-
-def _dtype(name) -> torch.dtype | None:
-    if isinstance(name, str) and name not in DTYPES:
-        raise ValueError(f"dtype {name!r}: give one of {', '.join(DTYPES)}")
-    return getattr(torch, name) if isinstance(name, str) else name
 
 
 class _Parser(argparse.ArgumentParser):
@@ -286,10 +284,11 @@ def run(args: argparse.Namespace) -> None:
         prompt = model.prompt(image, events, args.question, **{name: getattr(args, name) for name in names})
     for warning in caught:
         print(f"epvlm: warning: {warning.message}", file=sys.stderr)
+    pieces = model.stream(prompt, args.max_new_tokens, **sampling)
     print(prompt, file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         show_progress(model)
-    for piece in model.stream(prompt, args.max_new_tokens, **sampling):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
 

@@ -29,6 +29,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 FILES = ["*config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
+DTYPES = ("bfloat16", "float16", "float32")
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 RENAMED = {"model.visual.": "visual.", "model.language_model.": "model."}  # newer spelling -> published spelling
 FIXED = (  # settings that other models have otherwise: section, key, what Qwen2-VL has
@@ -191,7 +192,21 @@ def read_tokenizer(folder: Path, vocab_size: int, special: Iterable[str]) -> Tok
     return tokenizer
 
 
-def read_tensors(folder: Path, shapes: dict[str, tuple], tied: bool, dtype=None, device=None) -> dict[str, Tensor]:
+def placement(device, dtype) -> tuple[torch.device, torch.dtype | None]:
+    """Device and dtype by their names. None: a CUDA GPU if there is one, else the CPU; the dtype stays None. Raises
+    ValueError for what cannot be used."""
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: give one of {', '.join(DTYPES)}")
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if place.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("it is none of cpu, cuda, mps")
+        return torch.empty(0, device=place).device, getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used ({str(error).splitlines()[0]}); try cpu") from None
+
+
+def read_tensors(folder: Path, shapes: dict[str, tuple], tied: bool, dtype=None, device="cpu") -> dict[str, Tensor]:
     """Every tensor of the checkpoint by its published name, all checked against `shapes` before one is read.
 
     Tensors are memory-mapped and used as they lie: nothing is copied where the file has the dtype asked for (None: that
@@ -204,7 +219,7 @@ def read_tensors(folder: Path, shapes: dict[str, tuple], tied: bool, dtype=None,
     maps = {shard.path: _open(shard.path) for shard in place.values()}
     tensors = {}
     for name, entry in place.items():
-        as_it_lies = entry.dtype == dtype and torch.device(device or "cpu").type == "cpu"
+        as_it_lies = entry.dtype == dtype and torch.device(device).type == "cpu"
         file = maps[entry.path] if as_it_lies else _open(entry.path)
         tensors[name] = file.get_tensor(entry.name).to(device=device, dtype=dtype)
     if tied and HEAD in tensors and not torch.equal(tensors.pop(HEAD), tensors[EMBEDDING]):

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as theirs
 
 import epvlm
@@ -142,6 +145,46 @@ def test_progress_counts_the_layers_and_clears_its_line(files, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_recording_in_the_image_s_first_quarter_asks_whether_the_sensor_is_smaller(files):
+    model, events = EPVLM.from_pretrained("model"), np.load("events.npy")
+    events["x"], events["y"] = events["x"] // 2, events["y"] // 2
+    with pytest.warns(UserWarning, match="--sensor"):
+        model.prompt("image.png", events, QUESTION)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.prompt("image.png", events, QUESTION, sensor=(84, 112))
+        model.prompt("image.png", np.load("events.npy"), QUESTION)
+    with pytest.raises(ValueError, match="give its real size"):
+        model.prompt("image.png", events, QUESTION, sensor=(0, 0))
+
+
+def test_what_exceeds_the_context_is_refused_before_the_work(files):
+    model = EPVLM.from_pretrained("model")
+    prompt = model.prompt("image.png", "events.npy", QUESTION)
+    fits = model.llm.config.max_position_embeddings - len(prompt.input_ids)
+    with pytest.raises(ValueError, match=r"exceed the model's 32768; .*--max-new-tokens"):
+        model.tokens(prompt, fits + 1)
+    next(model.tokens(prompt, fits))
+    with pytest.raises(ValueError, match=r"exceed the model's 32768; raise --sparsity, or lower --max-pixels"):
+        model.prompt("image.png", None, QUESTION, min_pixels=10**8, max_pixels=10**9)
+
+
+def test_choosing_patches_runs_no_layer_of_the_model_and_dropping_them_saves_more(files):
+    """A selector must not cost what it saves: `prompt` multiplies nothing, `logits` falls faster than the tokens."""
+    model = EPVLM.from_pretrained("model")
+    image = Image.effect_noise((560, 560), 50)
+    events = np.random.default_rng(0).integers(0, 9, (560, 560))
+    with FlopCounterMode(display=False) as choosing:
+        prompts = [model.prompt(image, events, QUESTION, sparsity=sparsity) for sparsity in (0, 0.5, 0.75)]
+    assert choosing.get_total_flops() == 0
+    costs = []
+    for prompt in prompts:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it sees no fused attention
+            model.logits(prompt)
+        costs.append(counter.get_total_flops())
+    assert costs[1] < costs[0] / 2 and costs[2] < costs[0] / 4
+
+
 # Streaming and choosing
 
 
@@ -151,11 +194,7 @@ def test_pieces_are_whole_utf8_and_join_to_the_answer(checkpoint, text):
     _, _, model = checkpoint
     tokens = model.tokenizer.encode(text, add_special_tokens=False).ids
 
-    class Said(EPVLM):
-        def tokens(self, *_, **__):
-            return iter(tokens)
-
-    pieces = list(Said(model.vit, model.llm, model.tokenizer, model.images, model.stop).stream(None))
+    pieces = list(model._pieces(iter(tokens)))
     assert "".join(pieces) == model.tokenizer.decode(tokens)
     assert all(pieces) and not any("\ufffd" in piece for piece in pieces if "\ufffd" not in text)
 
@@ -164,11 +203,7 @@ def test_an_answer_cut_inside_a_character_still_ends(checkpoint):
     _, _, model = checkpoint
     tokens = model.tokenizer.encode("动", add_special_tokens=False).ids[:-1]
 
-    class Said(EPVLM):
-        def tokens(self, *_, **__):
-            return iter(tokens)
-
-    assert "".join(Said(model.vit, model.llm, model.tokenizer, model.images, model.stop).stream(None)) == "\ufffd"
+    assert "".join(model._pieces(iter(tokens))) == "\ufffd"
 
 
 @given(
@@ -197,6 +232,12 @@ def test_drawing_follows_the_probabilities():
 def test_settings_of_the_drawing_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match="temperature"):
         epvlm.sampler(*settings)
+
+
+@pytest.mark.parametrize("temperature, top_p", [(5e-324, 1), (1e-45, 1), (1, 5e-324), (1e300, 1), (1e-300, 1e-300)])
+def test_extreme_settings_still_draw(temperature, top_p):
+    token = epvlm.sampler(temperature, top_p)(torch.tensor([1.0, 30.0, 2.0]))
+    assert token == 1 or temperature == 1e300
 
 
 def test_a_tiny_top_p_is_greedy(files):
@@ -278,6 +319,11 @@ def test_every_bad_input_is_one_line_and_status_2(files, capsys):
         ("./nowhere", "no config.json"): ("image.png", "none", QUESTION, "--model", "./nowhere"),
         ("required: question",): ("image.png", "none"),
         ("question", "UTF-8"): ("image.png", "none", "broken \udcff", "--model", "model"),
+        ("device 'meta'", "try cpu"): ("image.png", "none", *ask, "--device", "meta"),
+        ("--sensor", "'00x180'"): ("image.png", "events.npy", *ask, "--sensor", "00x180"),
+        ("exceed the model's 32768",): ("image.png", "none", *ask, "--max-new-tokens", "900000000"),
+        ("--max-new-tokens", "999999999"): ("image.png", "none", *ask, "--max-new-tokens", "1" + "0" * 30),
+        ("~nosuchuser",): ("image.png", "none", QUESTION, "--model", "~nosuchuser/model"),
         ("device 'abacus'", "try cpu"): ("image.png", "none", *ask, "--device", "abacus"),
     }.items():
         line = refused(capsys, *arguments)

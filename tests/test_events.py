@@ -91,6 +91,9 @@ def test_bare_columns_are_found(tmp_path, order, dtype, layout):
         "sorted x wider than seconds": [[1, 1, 0.1, 0], [2, 5, 0.2, 1], [30, 3, 0.25, 1]],
         "two columns like polarity": [[0, 3, 10, 0], [1, 5, 20, 1], [0, 4, 30, 1]],
         "one event": [[1, 1, 7, 0]],
+        "pixels read row by row": [[3, 60, 0, 1], [1, 61, 5, 0], [2, 119, 19, 1]],
+        "x may be time": [[10, 20, 100, 1], [200, 30, 150, 1]],
+        "times equal, y sorted": [[3, 1, 5, 1], [1, 2, 5, 0], [2, 30, 5, 1]],
     }.items(),
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -106,11 +109,25 @@ def test_an_order_is_the_four_letters(order):
         read_events(np.zeros((3, 4)), order=order)
 
 
+def test_time_may_be_seconds_and_x_may_happen_to_be_sorted():
+    seconds = np.array([[5, 9, 0.1, 0], [3, 7, 0.15, 1], [8, 1, 0.3, 1]])
+    assert columns(read_events(seconds, time_unit="s"))[2] == [0.1, 0.15, 0.3]
+    assert columns(read_events(np.array([[1, 9, 100, 0], [2, 7, 200, 1], [3, 1, 300, 1]])))[2] == [100, 200, 300]
+
+
+@pytest.mark.parametrize("shape", [(4, 500), (500, 3), (500, 5), (1, 100)])
+def test_arrays_of_no_image_s_shape_are_not_taken_for_maps(shape):
+    with pytest.raises(ValueError, match="neither N x 4 events nor a map"):
+        read_events(np.ones(shape))
+
+
 def test_n_imagenet_and_plain_npz(tmp_path):
     np.savez_compressed(tmp_path / "n.npz", event_data=ROWS, label=np.int64(3))
     assert columns(read_events(tmp_path / "n.npz")) == EXPECTED
     np.savez(tmp_path / "c.npz", polarity=ROWS["p"], x=ROWS["x"], y=ROWS["y"], timestamp=ROWS["t"])
     assert columns(read_events(tmp_path / "c.npz")) == EXPECTED
+    np.savez(tmp_path / "m.npz", meta=np.array([None]), **{c: ROWS[c] for c in "xytp"})  # an object no one needs
+    assert columns(read_events(tmp_path / "m.npz")) == EXPECTED
     np.savez(tmp_path / "one.npz", ROWS)
     assert columns(read_events(tmp_path / "one.npz")) == EXPECTED
 
@@ -136,6 +153,7 @@ def test_polarities_mean_the_same_however_stored(p):
         ("t holds NaN or inf", stream((0, 0, math.inf, 0), dtype=[("x", int), ("y", int), ("t", float), ("p", int)])),
         ("x holds fractions", stream((0.5, 0, 1, 0), dtype=[("x", float), ("y", int), ("t", int), ("p", int)])),
         ("t is of type", stream((0, 0, "now", 0), dtype=[("x", int), ("y", int), ("t", "U5"), ("p", int)])),
+        ("t and ts for t", stream((0, 0, 0, 0, 0), dtype=[(k, int) for k in ("x", "y", "t", "ts", "p")])),
         ("no t", stream((0, 0, 0), dtype=[("x", int), ("y", int), ("p", int)])),
     ],
 )
@@ -189,6 +207,32 @@ def test_broken_files_are_named(tmp_path, content):
     (tmp_path / "e.npy").write_bytes(content)
     with pytest.raises(ValueError, match=r"e\.npy: cannot be read as events"):
         read_events(tmp_path / "e.npy")
+
+
+@pytest.mark.parametrize("save", [np.save, np.savez, np.savez_compressed])
+def test_damaged_files_are_read_or_named(tmp_path, save):
+    """300 files with a few bytes changed: each is read, or refused with its name; nothing else comes out."""
+    rng, path = np.random.default_rng(0), tmp_path / ("e.npy" if save is np.save else "e.npz")
+    save(path, ROWS)
+    whole, refused = np.frombuffer(path.read_bytes(), np.uint8), 0
+    for _ in range(300):
+        damaged = whole.copy()
+        damaged[rng.integers(0, len(whole), 3)] = rng.integers(0, 256, 3)
+        path.write_bytes(damaged.tobytes())
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                read_events(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert 100 < refused < 300
+
+
+@pytest.mark.parametrize("source", [[[1, 2, 3, 4]], {"x": [1]}, 5])
+def test_sources_of_another_type_are_refused(source):
+    with pytest.raises(ValueError, match="give a path, a numpy array, or none"):
+        read_events(source)
 
 
 def test_a_truncated_recording_is_named(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
-from transformers import Qwen2TokenizerFast
+from transformers import Qwen2TokenizerFast, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import tiny
@@ -81,6 +81,25 @@ def test_checkpoint_layouts(tmp_path, tied, shard, layout):
     assert_parity(tmp_path, theirs, EPVLM.from_pretrained(tmp_path, device="cpu"), noise(90, 120))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_dtype_rounds_where_transformers_does(checkpoint, dtype):
+    """From the same input, bit for bit: what is taken in float32 (rotation of the vision transformer, norms), and what
+    in the model's own dtype (rotation of the decoder). Patch embedding is one product here, a convolution there."""
+    folder, _, _ = checkpoint
+    theirs = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval().model
+    ours = EPVLM.from_pretrained(folder, device="cpu", dtype=dtype)
+    prompt = ours.prompt(noise(90, 120), None, "What is moving?")
+    with torch.inference_mode():
+        z = ours.vit.patch_embed(prompt.patches.to(dtype))
+        theirs.visual.patch_embed = torch.nn.Identity()
+        features = theirs.visual(z, torch.tensor([[1, *prompt.keep_patches.shape]])).pooler_output
+        ours.vit.patch_embed = torch.nn.Identity()
+        assert torch.equal(ours.vit(z[None], prompt.keep_patches)[0], features)
+        embeddings = ours.llm.embed(prompt.input_ids)[None]
+        hidden = theirs.language_model(inputs_embeds=embeddings, position_ids=prompt.position_ids[:, None])
+        assert torch.equal(ours.llm(embeddings, prompt.position_ids), hidden.last_hidden_state)
+
+
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_image_sizes(checkpoint, size):
     assert_parity(*checkpoint, noise(*size))
@@ -118,6 +137,23 @@ def test_16_bit_grey_is_scaled_not_clipped(checkpoint):
     grey = np.arange(56 * 56, dtype=np.uint16).reshape(56, 56) * 20
     sixteen, eight = Image.fromarray(grey), Image.fromarray((grey // 257).astype(np.uint8))
     assert torch.equal(ours.prompt(sixteen, None, "").patches, ours.prompt(eight, None, "").patches)
+
+
+def test_16_bit_grey_that_opens_as_32(checkpoint, tmp_path):
+    """A 16-bit PGM: Pillow gives it as 32-bit integers, which would be clipped to white."""
+    _, _, ours = checkpoint
+    grey = (np.arange(56 * 56, dtype=np.uint16).reshape(56, 56) * 20).astype(">u2")
+    (tmp_path / "grey.pgm").write_bytes(b"P5 56 56 65535\n" + grey.tobytes())
+    eight = Image.fromarray((grey // 257).astype(np.uint8))
+    assert torch.equal(ours.prompt(tmp_path / "grey.pgm", None, "").patches, ours.prompt(eight, None, "").patches)
+
+
+@pytest.mark.parametrize(
+    "values", [np.array([[70000, 1]], np.int32), np.array([[-1, 1]], np.int32), np.ones((2, 2), "f4")]
+)
+def test_grey_of_unknown_range_is_refused(checkpoint, values):
+    with pytest.raises(ValueError, match="8-bit PNG"):
+        checkpoint[2].prompt(Image.fromarray(values), None, "")
 
 
 def test_an_image_on_its_side_is_turned_upright(checkpoint, tmp_path):

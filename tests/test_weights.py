@@ -106,6 +106,9 @@ def test_pixel_limits_in_every_spelling(tmp_path, settings, file):
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"model_type": "qwen2_5_vl"}, "model_type is 'qwen2_5_vl'"),
         ({"text_config": 3}, "text_config is 3"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
+        ({"hidden_act": "gelu"}, "text hidden_act is 'gelu'"),
+        ({"vision_config": {"hidden_act": "gelu"}}, "vision hidden_act is 'gelu'"),
         ({"use_sliding_window": True}, "use_sliding_window is True"),
         ({"hidden_size": "64"}, "hidden_size is '64', not a positive int"),
         ({"hidden_size": 0}, "hidden_size is 0"),
@@ -135,6 +138,51 @@ def test_json_that_is_broken_is_named(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ValueError, match=r"config\.json"):
         read_json(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    "generation, config, ends",
+    [
+        ({"eos_token_id": [5, 6]}, 7, {5, 6}),
+        ({"eos_token_id": 5}, 7, {5}),
+        ({"eos_token_id": None}, 7, {7}),
+        ({}, [7, 8], {7, 8}),
+        (None, 0, {0}),
+        (None, None, set()),
+    ],
+)
+def test_what_ends_an_answer(copied, generation, config, ends):
+    (copied / "generation_config.json").unlink(missing_ok=True)
+    if generation is not None:
+        (copied / "generation_config.json").write_text(json.dumps(generation))
+    settings = tiny.in_layout(json.loads((copied / "config.json").read_text()), "flat")
+    (copied / "config.json").write_text(json.dumps({**settings, "eos_token_id": config}))
+    model = EPVLM.from_pretrained(copied)
+    assert model.stop == ends | {model.tokenizer.token_to_id("<|im_end|>")}
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("generation_config.json", {"eos_token_id": [[1]]}, "not token ids"),
+        ("generation_config.json", {"eos_token_id": "<|im_end|>"}, "not token ids"),
+        ("preprocessor_config.json", {"size": [1, 2]}, r"size is \[1, 2\]"),
+        ("preprocessor_config.json", {"image_mean": [0.5]}, "three values"),
+        ("preprocessor_config.json", {"image_std": [0.5, 0, 0.5]}, "above 0"),
+        ("preprocessor_config.json", {"max_pixels": "many"}, "max_pixels is 'many'"),
+    ],
+)
+def test_other_settings_that_are_wrong_are_named(copied, file, content, message):
+    (copied / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"{re.escape(file)}.*{message}"):
+        EPVLM.from_pretrained(copied)
+
+
+def test_null_is_as_good_as_absent(copied):
+    settings = json.loads((copied / "config.json").read_text())
+    settings["text_config"] |= {"max_position_embeddings": None, "rope_scaling": None, "use_sliding_window": None}
+    (copied / "config.json").write_text(json.dumps(settings))
+    assert EPVLM.from_pretrained(copied).llm.config.max_position_embeddings == 32768
 
 
 # Tensors
@@ -282,3 +330,8 @@ def test_a_name_that_is_no_folder_and_no_hub_id(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no config\.json"):
         fetch(tmp_path / "empty")
+
+
+def test_a_folder_has_no_revisions(copied):
+    with pytest.raises(ValueError, match="leave --revision out"):
+        fetch(copied, "main")
