@@ -13,6 +13,7 @@ unexpected or misshapen is an error that names it and both shapes. Nothing is un
 
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -45,7 +46,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 def fetch(model: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint: `model` itself if it is one, else the hub's repository of that name, downloaded into
     huggingface_hub's cache (its progress bars show on a terminal only). Raises ValueError with the remedy."""
-    folder = Path(model)
+    folder = Path(os.path.expanduser(model))  # which, unlike Path's, raises nothing
     if folder.exists() or folder.is_absolute() or str(model).startswith((".", "~")):
         if not (folder / "config.json").is_file():
             raise ValueError(f"{model}: no checkpoint, there is no config.json in it; give its folder or a hub id")

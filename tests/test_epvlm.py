@@ -20,23 +20,13 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 import epvlm
 from epvlm import EPVLM, main
+from llm import sampler
 from vit import smart_resize
 
+XYTP = [("x", "<u2"), ("y", "<u2"), ("t", "<i8"), ("p", "<i2")]
 PROGRAM = Path(epvlm.__file__)
 QUESTION = "What is moving?"
-
-
-@pytest.fixture
-def files(checkpoint, tmp_path, monkeypatch):
-    """The current folder, with image.png (84 x 112), events.npy (100 events in 99 us, upper half) and a checkpoint."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(checkpoint[0], "model")
-    rng = np.random.default_rng(0)
-    Image.fromarray(rng.integers(0, 256, (112, 84, 3), dtype=np.uint8)).save("image.png")
-    events = np.zeros(100, dtype=[("t", "i8"), ("x", "u2"), ("y", "u2"), ("p", "?")])
-    events["t"], events["x"], events["y"] = np.arange(100) + 1000, rng.integers(0, 84, 100), rng.integers(0, 56, 100)
-    np.save("events.npy", events)
-    return tmp_path
+ASK = (QUESTION, "--model", "model", "--max-new-tokens", "1")
 
 
 def program(*arguments, env=None, **options):
@@ -183,6 +173,137 @@ def test_choosing_patches_runs_no_layer_of_the_model_and_dropping_them_saves_mor
             model.logits(prompt)
         costs.append(counter.get_total_flops())
     assert costs[1] < costs[0] / 2 and costs[2] < costs[0] / 4
+
+
+# What reaches what
+
+
+def test_special_tokens_are_no_part_of_the_answer(checkpoint):
+    model = checkpoint[2]
+    tokens = [*model.tokenizer.encode("Hi").ids, model.special["im_end"]]
+    assert "".join(model._pieces(iter(tokens))) == "Hi"
+
+
+def test_order_and_time_unit_reach_the_reader(files, capsys):
+    bare = np.array([[5, 5, 0.001, 1], [1, 2, 0.002, 1]])[:, [3, 2, 1, 0]]
+    np.save("bare.npy", bare)
+    prompt = EPVLM.from_pretrained("model").prompt("image.png", bare, "", order="ptyx", time_unit="s", sensor=(84, 112))
+    assert prompt.source == "2 events in 1.0 ms"
+    assert main(["image.png", "bare.npy", *ASK, "--order", "ptyx", "--time-unit", "s"]) == 0
+    assert "2 events in 1.0 ms" in capsys.readouterr().err
+
+
+def test_each_choice_changes_the_mask(files, capsys):
+    flicker = np.zeros(60, dtype=XYTP)  # 40 events that cancel upper left, 20 of one sign lower right
+    flicker["t"], flicker["p"] = np.arange(60), np.arange(60) % 2
+    flicker["x"][40:], flicker["y"][40:], flicker["p"][40:] = 80, 100, 1
+    np.save("flicker.npy", flicker)
+    model = EPVLM.from_pretrained("model")
+    keep = {rule: model.prompt("image.png", flicker, "", 0.95, polarity=rule).keep for rule in ("count", "signed")}
+    assert keep["count"][0, 0] and not keep["signed"][0, 0] and keep["signed"][3, 2]
+    assert model.prompt("image.png", flicker, "", 0.5, ties="literal").keep.all()
+
+    def shown(*options):
+        assert main(["image.png", "flicker.npy", *ASK, *options]) == 0
+        return capsys.readouterr().err
+
+    assert "(12 of 12 tokens)" in shown("--ties", "literal")
+    prompts = []
+    original = EPVLM.prompt
+    EPVLM.prompt = lambda *a, **k: prompts.append(original(*a, **k)) or prompts[-1]
+    try:
+        shown("--polarity", "signed", "--sparsity", "0.95")
+        shown("--sensor", "168x224")
+    finally:
+        EPVLM.prompt = original
+    assert torch.equal(prompts[0].keep, keep["signed"])
+    assert torch.equal(prompts[1].keep, model.prompt("image.png", flicker, "", sensor=(168, 224)).keep)
+    assert not torch.equal(prompts[1].keep, model.prompt("image.png", flicker, "").keep)
+
+
+def test_the_class_refuses_what_the_parser_would(checkpoint):
+    folder, _, model = checkpoint
+    picture = Image.new("RGB", (56, 56))
+    for options in ({"cell": "pixel"}, {"ties": "none"}, {"polarity": "both"}):
+        with pytest.raises(ValueError, match=r"give .* or "):
+            model.prompt(picture, None, "", **options)
+    with pytest.raises(ValueError, match="max-new-tokens 0"):
+        list(model.tokens(model.prompt(picture, None, ""), 0))
+    with pytest.raises(ValueError, match="dtype 'int8'"):
+        EPVLM.from_pretrained(folder, dtype="int8")
+
+
+@pytest.mark.parametrize("option", [("--sparsity", "2"), ("--temperature", "-1")])
+def test_small_mistakes_are_told_before_the_model_is_fetched(files, capsys, monkeypatch, option):
+    monkeypatch.setattr(EPVLM, "from_pretrained", lambda *_: pytest.fail("fetched"))
+    assert main(["image.png", "none", *ASK, *option]) == 2
+
+
+@pytest.mark.parametrize("option", [("--sensor", "0x5"), ("--spars", "0.5")])
+def test_more_words_the_parser_refuses(files, capsys, option):
+    with pytest.raises(SystemExit) as stop:
+        main(["image.png", "none", *ASK, *option])
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "error, status, line",
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (OSError("disk\nfull"), 2, "epvlm: error: disk full\n"),
+        (ValueError("a\n b"), 2, "epvlm: error: a b\n"),
+        (MemoryError(), 2, "epvlm: error: MemoryError\n"),
+        (RuntimeError("no room"), 2, "epvlm: error: no room\n"),
+        (OverflowError("too large"), 2, "epvlm: error: too large\n"),
+    ],
+)
+def test_how_the_program_ends(monkeypatch, capsys, error, status, line):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(epvlm, "run", fail)
+    assert main(["i", "e", "q"]) == status
+    assert capsys.readouterr() == ("", line)
+
+
+def test_the_command_line_passes_its_dtype(files, monkeypatch):
+    given = []
+
+    def load(*arguments):
+        given.append(arguments)
+        raise ValueError("stop")
+
+    monkeypatch.setattr(EPVLM, "from_pretrained", load)
+    main(["image.png", "none", *ASK, "--revision", "r", "--device", "cpu", "--dtype", "float16"])
+    assert given == [("model", "r", "cpu", "float16")]
+
+
+def test_pieces_are_flushed_as_they_come(files, monkeypatch):
+    flushed = []
+
+    def shown(*_, end="\n", flush=False, **__):
+        flushed.extend([flush] if end == "" else [])
+
+    monkeypatch.setattr(epvlm, "print", shown, raising=False)
+    main(["image.png", "none", *ASK])
+    assert flushed and all(flushed)
+
+
+def test_top_p_and_seed_reach_the_sampler(checkpoint, monkeypatch):
+    model, given = checkpoint[2], []
+    monkeypatch.setattr(epvlm, "sampler", lambda *a: given.append(a) or sampler())
+    model.answer(Image.new("RGB", (56, 56)), None, "", 1, 0.5, 0.25, 9)
+    assert given == [(0.5, 0.25, 9)]
+
+
+def test_a_closed_pipe_ends_with_status_1(monkeypatch):
+    def fail(_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(epvlm, "run", fail)
+    monkeypatch.setattr(epvlm.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(sys, "stdout", sys.__stdout__)
+    assert main(["i", "e", "q"]) == 1
 
 
 # Streaming and choosing
@@ -358,6 +479,8 @@ def test_a_cached_download_loads_through_its_symbolic_links(files):
     common = ("image.png", "events.npy", QUESTION, "--max-new-tokens", "5", "--model")
     cached, local = program(*common, "tiny/model", "--revision", "main", env=env), program(*common, "model")
     assert (cached.returncode, cached.stdout, cached.stderr) == (0, local.stdout, local.stderr)
+    other = program(*common, "tiny/model", "--revision", "other", env=env)
+    assert other.returncode == 2 and "not in the local cache" in other.stderr
 
 
 def test_a_closed_pipe_ends_silently(files):
@@ -376,6 +499,7 @@ def test_a_closed_pipe_ends_silently(files):
         running.stdout.read(1)
         running.stdout.close()
         assert running.stderr.read() == "kept 48 of 48 patches (12 of 12 tokens), no events\n"
+        assert running.wait() == 1
 
 
 def test_the_real_frame_and_window(checkpoint, data, capsys):

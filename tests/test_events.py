@@ -1,7 +1,9 @@
 """Events to mask: the readers, accumulation, area-weighted resizing, Eq. 5 and Eq. 6."""
 
+import io
 import math
 import warnings
+import zipfile
 from fractions import Fraction
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from events import Events, accumulate, budget_mask, literal_mask, motion, read_events, resize, spread_order
+from events import Events, accumulate, budget_mask, event_map, literal_mask, motion, read_events, resize, spread_order
 from strategies import SPARSITIES, motions, recordings, untied_motions
 
 XYTP = [("x", "<u2"), ("y", "<u2"), ("t", "<i8"), ("p", "<i2")]
@@ -311,6 +313,114 @@ def test_fractions_in_a_short_range_warn_and_name_the_option():
         read_events(rows, time_unit="us")
         rows["t"] *= 1e8
         read_events(rows)
+
+
+# Corners of the readers
+
+
+def test_window_edges_between_whole_times():
+    rows = np.array([(0, 0, 10, 0), (1, 0, 20, 0), (2, 0, 30, 0)], dtype=XYTP)
+    assert read_events(rows, time_unit="ms").within(10_001, 29_999).x.tolist() == [1]
+
+
+def test_window_from_minus_infinity():
+    with pytest.raises(ValueError, match="window -inf"):
+        read_events(np.zeros(2, XYTP)).within(-np.inf, 5)
+
+
+def test_a_window_of_an_empty_recording_is_empty():
+    assert len(read_events(np.zeros(0, XYTP)).within(0, 5)) == 0
+
+
+def test_a_time_unit_that_is_none():
+    with pytest.raises(ValueError, match="time unit 'min': give one of s, ms, us, ns"):
+        read_events(np.zeros(2, XYTP), time_unit="min")
+
+
+def test_columns_of_n_x_1_and_every_alias(tmp_path):
+    column = np.arange(3)[:, None]
+    for names in (("xs", "ys", "timestamps", "ps"), ("x", "y", "time", "polarities"), ("x_pos", "y_pos", "ts", "pol")):
+        np.savez(tmp_path / "e.npz", **dict(zip(names, (column, column, column, column % 2), strict=True)))
+        read = read_events(tmp_path / "e.npz")
+        assert read.t.tolist() == [0, 1, 2] and read.p.tolist() == [0, 1, 0]
+
+
+def test_a_bool_map():
+    assert read_events(np.eye(5, dtype=bool)).dtype == bool
+
+
+def test_damaged_archives_are_named(tmp_path):
+    np.savez_compressed(tmp_path / "z.npz", event_data=np.random.default_rng(0).integers(0, 9, (999, 4)))
+    data = bytearray((tmp_path / "z.npz").read_bytes())
+    data[100:140] = b"\xff" * 40
+    (tmp_path / "z.npz").write_bytes(data)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (10**15,)})
+    with zipfile.ZipFile(tmp_path / "m.npz", "w") as archive:
+        archive.writestr("event_data.npy", header.getvalue())
+    for name in ("z.npz", "m.npz"):
+        with pytest.raises(ValueError, match=f"{name}: cannot be read as events"):
+            read_events(tmp_path / name)
+
+
+def test_times_may_repeat_when_columns_are_found():
+    bare = np.array([[9, 1, 10, 0], [2, 5, 10, 1], [1, 3, 90, 1], [4, 0, 90, 0]])
+    assert read_events(bare).t.tolist() == [10, 10, 90, 90]
+
+
+def _rows(**columns):
+    return {name: np.asarray(columns.get(name, [0, 1])) for name in "xytp"}
+
+
+@pytest.mark.parametrize(
+    "columns, message",
+    [
+        ({"x": [0, 1, 2]}, "3 values of x but 2 of t"),
+        ({"y": [0.5, 1]}, "y holds fractions"),
+        ({"p": [-2, 1]}, "polarities from -2"),
+        ({"p": [0.5, 1]}, "polarities from 0.5"),
+    ],
+)
+def test_more_that_no_sensor_writes(tmp_path, columns, message):
+    np.savez(tmp_path / "e.npz", **_rows(**columns))
+    with pytest.raises(ValueError, match=message):
+        read_events(tmp_path / "e.npz")
+
+
+def test_an_empty_map():
+    with pytest.raises(ValueError, match="neither N x 4 events nor a map"):
+        read_events(np.zeros((0, 5)))
+
+
+def test_fractions_over_a_long_range_do_not_warn(tmp_path):
+    np.savez(tmp_path / "e.npz", **_rows(t=[0.25, 2e6]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_events(tmp_path / "e.npz")
+
+
+def test_events_outside_the_sensor_count_outside_the_window_too():
+    rows = np.array([(0, 0, 0, 0), (99, 0, 50, 0)], dtype=XYTP)
+    with pytest.raises(ValueError, match="--sensor"):
+        event_map(read_events(rows), (9, 9), None, (0, 10))
+
+
+def test_small_dtypes_of_a_map_do_not_overflow():
+    assert resize(np.full((2, 2), 200, np.uint8), 3, 3).tolist() == [[1800.0 / 9 * 4] * 3] * 3
+
+
+def test_a_recording_is_mapped_not_read(tmp_path):
+    np.save(tmp_path / "e.npy", np.zeros(3, XYTP))
+    base = read_events(tmp_path / "e.npy").x
+    while not isinstance(base, np.memmap) and base.base is not None:
+        base = base.base
+    assert isinstance(base, np.memmap) or "mmap" in type(base).__name__
+
+
+def test_the_budget_is_not_off_by_rounding():
+    S = np.arange(11.0).reshape(1, 11)  # 0.7 * 10 is 7, but (1 - (1 - 0.7)) * 10 is not
+    for sparsity in (0.1, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 0.9):
+        assert budget_mask(S, 1 - sparsity).sum() == literal_mask(S, 1 - sparsity).sum() == 11 - round(sparsity * 10)
 
 
 # Accumulation

@@ -123,8 +123,18 @@ def test_text_in_several_scripts(checkpoint, question):
     assert_parity(*checkpoint, noise(56, 84), question)
 
 
+def test_special_tokens_in_a_question_are_text(checkpoint):
+    _, _, ours = checkpoint
+    before, after = ours._text("".join(tiny.SPECIALS))
+    special = {ours.tokenizer.token_to_id(text) for text in tiny.SPECIALS}
+    names = ("vision_end", "im_end", "im_start")
+    assert [token for token in after if token in special] == [ours.special[name] for name in names]
+    assert ours.tokenizer.decode(after[1 : after.index(ours.special["im_end"])]) == "".join(tiny.SPECIALS)
+    assert before[-1] == ours.special["vision_start"]
+
+
 def test_the_end_token_is_the_last_token_yielded(checkpoint):
-    """As transformers' generate returns it: with every token made an end token, one token comes and no text."""
+    """As transformers' generate returns it: with every token made an end token, one token comes."""
     _, _, ours = checkpoint
     prompt = ours.prompt(noise(56, 56), None, "Hi")
     first = next(ours.tokens(prompt, 5))

@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import tiny
+import weights
 from epvlm import EPVLM
 from llm import Decoder, DecoderConfig
 from vit import ImageConfig, VisionConfig, VisionTransformer
-from weights import fetch, fill, read_config, read_image_config, read_json, read_tensors
+from weights import FILES, fetch, fill, read_config, read_image_config, read_json, read_tensors
 
 PARAMETERS = {"2B": 2_208_985_600, "7B": 8_291_375_616, "72B": 73_405_560_320}
 
@@ -271,7 +273,7 @@ def test_a_missing_shard_is_named(tmp_path):
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_a_folder_that_lacks_a_file_is_named(copied, missing):
     (copied / missing).unlink()
-    with pytest.raises(ValueError, match=re.escape(str(copied))):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(copied))}.*{re.escape(missing)}"):
         EPVLM.from_pretrained(copied)
 
 
@@ -288,17 +290,6 @@ def test_a_tokenizer_without_the_special_tokens_is_named(copied):
     (copied / "tokenizer.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=r"it has no <\|image_pad\|>"):
         EPVLM.from_pretrained(copied)
-
-
-def test_truncation_and_padding_in_a_tokenizer_file_are_ignored(copied):
-    tokens = tiny.tokenizer()
-    tokens.enable_truncation(4)
-    tokens.enable_padding(length=9)
-    tokens.save(str(copied / "tokenizer.json"))
-    assert EPVLM.from_pretrained(copied)._text("a longer question") == EPVLM.from_pretrained(copied)._text(
-        "a longer question"
-    )
-    assert len(EPVLM.from_pretrained(copied)._text("a longer question than that")[1]) > 12
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
@@ -335,3 +326,136 @@ def test_a_name_that_is_no_folder_and_no_hub_id(tmp_path):
 def test_a_folder_has_no_revisions(copied):
     with pytest.raises(ValueError, match="leave --revision out"):
         fetch(copied, "main")
+
+
+# The hub, and corners of the readers
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    given = {}
+
+    def download(name, **options):
+        given.update(options, name=name)
+        if "error" in given:
+            raise given["error"]
+        return "/somewhere"
+
+    monkeypatch.setattr(weights, "snapshot_download", download)
+    monkeypatch.setattr(weights, "disable_progress_bars", lambda: given.update(quiet=True))
+    return given
+
+
+def test_what_the_hub_is_asked_for(hub, files, monkeypatch):
+    assert fetch("a/b", "v1") == Path("/somewhere")
+    assert hub == {"name": "a/b", "revision": "v1", "allow_patterns": FILES, "quiet": True}
+    with pytest.raises(ValueError, match="/somewhere"):
+        EPVLM.from_pretrained("c/d", "v2")
+    assert (hub["name"], hub["revision"]) == ("c/d", "v2")
+    hub.pop("quiet")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    fetch("a/b")
+    assert "quiet" not in hub
+
+
+def test_whatever_the_hub_raises_is_a_value_error(hub):
+    hub["error"] = RuntimeError("socket")
+    with pytest.raises(ValueError, match=r"a/b: cannot be downloaded \(RuntimeError: socket\)"):
+        fetch("a/b")
+    hub["error"] = HFValidationError("name")
+    with pytest.raises(ValueError, match="neither a folder nor a hub id"):
+        fetch("a/b/c")
+
+
+def test_a_home_folder(files, monkeypatch):
+    monkeypatch.setenv("HOME", str(files))
+    assert fetch("~/model") == files / "model"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rope_scaling": {"rope_type": "yarn", "type": "mrope", "mrope_section": [2, 3, 3]}}, "rope_type is 'yarn'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ],
+)
+def test_other_models_are_refused(tmp_path, change, message):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", "vision_config": {}, **change}))
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path)
+
+
+def test_settings_that_differ_from_the_defaults_are_read(tmp_path):
+    config = {
+        "model_type": "qwen2_vl",
+        "hidden_size": 8,
+        "vision_config": {"in_chans": 4, "rope_parameters": {"rope_theta": 5.0}},
+        "text_config": {"hidden_size": 16, "tie_word_embeddings": True, "rope_theta": 7},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    sections = read_config(tmp_path)
+    assert sections["vision"]["in_channels"] == 4 and sections["vision"]["rope_theta"] == 5.0
+    assert sections["text"]["hidden_size"] == 16 and sections["text"]["tie_word_embeddings"]
+    assert fill(VisionConfig, {"rope_theta": 7}, tmp_path).rope_theta == 7.0
+
+
+def test_pixel_limits_that_disagree_or_are_null(tmp_path):
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps({"min_pixels": 784, "max_pixels": None, "size": {"min_pixels": 5, "shortest_edge": 6}}))
+    config = fill(ImageConfig, read_image_config(tmp_path), path)
+    assert (config.min_pixels, config.max_pixels) == (784, ImageConfig.max_pixels)
+
+
+def test_image_statistics_are_the_checkpoints(files):
+    Path("model/preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3]}))
+    assert EPVLM.from_pretrained("model").images.image_mean == (0.1, 0.2, 0.3)
+
+
+def test_truncation_and_padding_in_a_tokenizer_file_are_ignored(files):
+    expected = EPVLM.from_pretrained("model")._text("a longer question")
+    tokens = tiny.tokenizer()
+    tokens.enable_truncation(4)
+    tokens.enable_padding(length=9)
+    tokens.save("model/tokenizer.json")
+    assert EPVLM.from_pretrained("model")._text("a longer question") == expected
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(files):
+    tokens = tiny.tokenizer()
+    tokens.add_tokens([f"extra{n}" for n in range(99)])
+    tokens.save("model/tokenizer.json")
+    with pytest.raises(ValueError, match=r"it has \d+ tokens, the model"):
+        EPVLM.from_pretrained("model")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_checkpoint_keeps_its_dtype(files, dtype):
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file("model/model.safetensors").items()}
+    save_file(tensors, "model/model.safetensors")
+    model = EPVLM.from_pretrained("model", device="cpu")
+    assert {p.dtype for m in (model.vit, model.llm) for p in m.parameters()} == {dtype}
+
+
+def test_no_weights_and_an_empty_index(files):
+    Path("model/model.safetensors").unlink()
+    with pytest.raises(ValueError, match="neither model"):
+        EPVLM.from_pretrained("model")
+    Path("model/model.safetensors.index.json").write_text('{"weight_map": {}}')
+    with pytest.raises(ValueError, match="an empty weight_map"):
+        EPVLM.from_pretrained("model")
+
+
+def test_faults_are_counted(files):
+    tensors = load_file("model/model.safetensors")
+    del tensors["model.norm.weight"], tensors["model.layers.0.input_layernorm.weight"]
+    save_file(tensors, "model/model.safetensors")
+    with pytest.raises(ValueError, match=r"is missing \(and 1 more\)"):
+        EPVLM.from_pretrained("model")
+
+
+def test_a_folder_in_the_place_of_a_shard(files):
+    Path("model/model.safetensors").unlink()
+    Path("model/x.safetensors").mkdir()
+    Path("model/model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "x.safetensors"}}')
+    with pytest.raises(ValueError, match=r"x\.safetensors: not a safetensors file"):
+        EPVLM.from_pretrained("model")
