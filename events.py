@@ -111,7 +111,7 @@ def read_events(source, order: str | None = None, time_unit: str | None = None) 
     if isinstance(data, np.ndarray) and not data.dtype.names:
         if data.ndim != 2 or data.dtype.kind not in "biuf":
             raise ValueError(
-                f"{name}: {data.dtype} array of shape {data.shape}; give x, y, t, p as fields or N x 4, or a map"
+                f"{name}: shape {data.shape} of {data.dtype}; give x, y, t, p as fields or N x 4, or a map"
             )
         if data.shape[1] != 4:
             return _checked_map(name, data)
@@ -156,10 +156,8 @@ def _fields(name: str, data) -> list[str]:
     found = [[key for key in present if key.lower() in aliases] for aliases in ALIASES.values()]
     for column, keys in zip(ALIASES, found, strict=True):
         if len(keys) != 1:
-            fault = (
-                f"{' and '.join(keys)} for {column}" if keys else f"{', '.join(present) or 'nothing'}, but no {column}"
-            )
-            raise ValueError(f"{name}: has {fault}; name its columns x, y, t, p")
+            fault = f"{len(keys) or 'no'} columns for {column} among {', '.join(present) or 'none at all'}"
+            raise ValueError(f"{name}: {fault}; name them x, y, t, p")
     return [key for keys in found for key in keys]
 
 
@@ -172,26 +170,17 @@ def _order(name: str, rows: np.ndarray) -> str:
     """
     if not len(rows):
         return "xytp"
-    columns = list(rows.T)
-    polar = [c for c in range(4) if -1 <= columns[c].min() <= columns[c].max() <= 1 and not _fractions(columns[c])]
-    ranges = {
-        c: float(columns[c][-1]) - float(columns[c][0]) for c in range(4) if c not in polar and _rises(columns[c])
-    }
+    columns = dict(enumerate(rows.T))
+    polar = [c for c, v in columns.items() if -1 <= v.min() <= v.max() <= 1 and not _fractions(v)]
+    rising = [c for c, v in columns.items() if c not in polar and (v[1:] >= v[:-1]).all()]
+    ranges = {c: float(columns[c][-1]) - float(columns[c][0]) for c in rising}
     time = max(ranges, key=ranges.get, default=None)
-    rivals = [
-        c
-        for c in ranges
-        if c != time
-        and (ranges[c] == 0 or 10 * ranges[c] > ranges[time] or _fractions(columns[c]) > _fractions(columns[time]))
-    ]
-    if len(polar) != 1 or not ranges or ranges[time] == 0 or rivals:
+    rivals = [c for c in rising if c != time]
+    clear = [0 < 10 * ranges[c] <= ranges[time] and _fractions(columns[c]) <= _fractions(columns[time]) for c in rivals]
+    if len(polar) != 1 or not ranges.get(time) or not all(clear):
         raise ValueError(f"{name}: which of its columns are x, y, t, p is uncertain; say it, as in --order txyp")
-    x, y = (c for c in range(4) if c not in (time, polar[0]))
-    return "".join({x: "x", y: "y", time: "t", polar[0]: "p"}[c] for c in range(4))
-
-
-def _rises(values: np.ndarray) -> bool:
-    return bool((values[1:] >= values[:-1]).all())
+    x, y = (c for c in columns if c not in (time, polar[0]))
+    return "".join({x: "x", y: "y", time: "t", polar[0]: "p"}[c] for c in columns)
 
 
 def _fractions(values: np.ndarray) -> bool:
@@ -225,11 +214,8 @@ def _checked_events(events: Events, warn: bool) -> Events:
             raise ValueError(f"{name}: polarities from {low} to {high}; store 0 and 1, -1 and +1, or bool")
         span = events.t.max() - events.t.min()
         if warn and span < 1e6 and _fractions(events.t):
-            warnings.warn(
-                f"{name}: times have fractions and span only {span:.6g}; taken as microseconds, "
-                "if they are not, say --time-unit s, ms or ns (or us, to silence this)",
-                stacklevel=3,
-            )
+            told = f"{name}: times have fractions and span only {span:.6g}; taken as microseconds"
+            warnings.warn(f"{told}, if they are not, say --time-unit s, ms or ns (us silences this)", stacklevel=3)
     return events
 
 
@@ -258,11 +244,8 @@ def event_map(events: Events | np.ndarray, sensor, size, window, polarity: str =
             raise ValueError(f"a sensor of {width} x {height} pixels; give its real size")
         events.check_inside(height, width)  # all of them, also outside the window: is this the sensor's size?
         if not sensor and len(events) and 2 * events.extent[1] < width and 2 * events.extent[3] < height:
-            warnings.warn(
-                f"all events lie in the image's first quarter; if the event camera is smaller than its {width} x "
-                f"{height} pixels, say --sensor",
-                stacklevel=3,
-            )
+            told = f"{events.name}: all events lie in the first quarter of the image's {width} x {height} pixels"
+            warnings.warn(f"{told}; if the event camera is smaller, say --sensor WxH", stacklevel=3)
         shown = events.within(*window) if window else events
         start, end = window or (shown.span() if len(shown) else (0, 0))
         E_v = accumulate(shown, height, width, polarity)
@@ -272,7 +255,7 @@ def event_map(events: Events | np.ndarray, sensor, size, window, polarity: str =
         if window or sensor not in (None, events.shape[::-1]):
             raise ValueError(f"{source} has no times and only its own size; leave --window and --sensor out")
     if not (len(events) if isinstance(events, Events) else E_v.any()):
-        warnings.warn("the recording holds no events at all; keeping evenly spread cells", stacklevel=3)
+        warnings.warn("the recording holds no events at all; evenly spread cells are kept", stacklevel=3)
     return E_v, source
 
 

@@ -155,8 +155,11 @@ def test_polarities_mean_the_same_however_stored(p):
         ("t holds NaN or inf", stream((0, 0, math.inf, 0), dtype=[("x", int), ("y", int), ("t", float), ("p", int)])),
         ("x holds fractions", stream((0.5, 0, 1, 0), dtype=[("x", float), ("y", int), ("t", int), ("p", int)])),
         ("t is of type", stream((0, 0, "now", 0), dtype=[("x", int), ("y", int), ("t", "U5"), ("p", int)])),
-        ("t and ts for t", stream((0, 0, 0, 0, 0), dtype=[(k, int) for k in ("x", "y", "t", "ts", "p")])),
-        ("no t", stream((0, 0, 0), dtype=[("x", int), ("y", int), ("p", int)])),
+        (
+            "2 columns for t among x, y, t, ts, p",
+            stream((0, 0, 0, 0, 0), dtype=[(k, int) for k in ("x", "y", "t", "ts", "p")]),
+        ),
+        ("no columns for t among x, y, p", stream((0, 0, 0), dtype=[("x", int), ("y", int), ("p", int)])),
     ],
 )
 def test_what_no_sensor_writes_is_refused(message, rows):
