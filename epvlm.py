@@ -15,7 +15,7 @@ Glossary
     N, N'            patches of the dense image, and patches kept
     L                tokens of the prompt: text, and one for each group (2 x 2 patches, 28 x 28 pixels) kept
     sparsity         fraction of cells dropped, as in Table 1; Eq. 6's tau = 1 - sparsity is the fraction kept
-    keep             masks: True keeps, False drops
+    keep             mask by group, (groups_h, groups_w) bool: True keeps, False drops; keep_patches the same by patch
 
 What differs from plain Qwen2-VL: the mask. Without events, or at sparsity 0, this is plain Qwen2-VL.
 """
@@ -78,9 +78,10 @@ class Prompt:
 class EPVLM:
     """A Qwen2-VL checkpoint that can skip patches. `from_pretrained` makes one, `answer` uses it."""
 
-    def __init__(self, vit: VisionTransformer, llm: Decoder, tokenizer: Tokenizer, images: ImageConfig, stop: set[int]):
-        self.vit, self.llm, self.tokenizer, self.images, self.stop = vit, llm, tokenizer, images, stop
+    def __init__(self, vit: VisionTransformer, llm: Decoder, tokenizer: Tokenizer, image_config: ImageConfig, stop=()):
+        self.vit, self.llm, self.tokenizer, self.image_config = vit, llm, tokenizer, image_config
         self.special = {name: tokenizer.token_to_id(text) for name, text in SPECIAL.items()}
+        self.stop = {self.special["im_end"], *stop}  # token ids that end an answer
 
     @classmethod
     def from_pretrained(cls, model: str | Path, revision: str | None = None, device=None, dtype=None) -> "EPVLM":
@@ -88,13 +89,14 @@ class EPVLM:
         else the CPU. dtype: a torch.dtype or its name, None the checkpoint's own. Raises ValueError naming a fault."""
         device, dtype = placement(device, dtype)
         folder = fetch(model, revision)
-        path, sections = folder / "config.json", read_config(folder)
-        vision, text = fill(VisionConfig, sections["vision"], path), fill(DecoderConfig, sections["text"], path)
+        path = folder / "config.json"
+        vision, text = read_config(folder)
+        stop = read_ends(folder, text)
+        vision, text = fill(VisionConfig, vision, path), fill(DecoderConfig, text, path)
         if vision.hidden_size != text.hidden_size:
             raise ValueError(
-                f"{path}: visual tokens of {vision.hidden_size} do not fit a decoder of {text.hidden_size}"
+                f"{path}: visual tokens of {vision.hidden_size} do not fit the decoder's {text.hidden_size}"
             )
-        images = fill(ImageConfig, read_image_config(folder), folder / "preprocessor_config.json")
         tokenizer = read_tokenizer(folder, text.vocab_size, SPECIAL.values())
         with torch.device("meta"):
             vit, llm = VisionTransformer(vision), Decoder(text)
@@ -105,8 +107,7 @@ class EPVLM:
         for module, state in ((vit, visual), (llm, tensors)):
             module.load_state_dict(state, assign=True)
             module.requires_grad_(False).eval()
-        stop = read_ends(folder, sections["text"]) | {tokenizer.token_to_id(SPECIAL["im_end"])}
-        return cls(vit, llm, tokenizer, images, stop)
+        return cls(vit, llm, tokenizer, read_image_config(folder, ImageConfig), stop)
 
     def prompt(
         self, image: str | Path | Image.Image, events: str | Path | np.ndarray | Events | None, question: str,
@@ -124,31 +125,28 @@ class EPVLM:
         check_choices(sparsity, cell=cell, ties=ties, polarity=polarity)
         image, config = read_image(image), self.vit.config
         limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        images = replace(self.images, **{name: value for name, value in limits.items() if value is not None})
+        limits = replace(self.image_config, **{name: value for name, value in limits.items() if value is not None})
         patch, merge = config.patch_size, config.spatial_merge_size
-        height, width = smart_resize(image.height, image.width, patch * merge, images.min_pixels, images.max_pixels)
-        groups = height * width // (patch * merge) ** 2
-        self._check_context(
-            (1 if events is None else 1 - sparsity) * groups, f"of {groups} tokens of a {width} x {height} image"
-        )
-        keep, source = torch.ones(height // patch, width // patch, dtype=torch.bool), "no events"
+        height, width = smart_resize(image.height, image.width, patch * merge, limits.min_pixels, limits.max_pixels)
+        least = height * width / (patch * merge) ** 2 * (1 if events is None else 1 - sparsity)
+        self._check_context(least, f"for a {width} x {height} image", "raise --sparsity or lower --max-pixels")
+        keep_patches, source = torch.ones(height // patch, width // patch, dtype=torch.bool), "no events"
         if events is not None:
             E_v, source = event_map(read_events(events, order, time_unit), sensor, image.size, window, polarity)
             S = motion(resize(E_v, height, width), patch * merge if cell == "group" else patch)  # Eq. 5
             M = torch.from_numpy((budget_mask if ties == "exact" else literal_mask)(S, tau=1 - sparsity))  # Eq. 6
-            keep = M.repeat_interleave(merge, 0).repeat_interleave(merge, 1) if cell == "group" else M
-        groups = keep.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).any(dim=3).any(dim=1)
+            keep_patches = M.repeat_interleave(merge, 0).repeat_interleave(merge, 1) if cell == "group" else M
+        keep = keep_patches.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).any(dim=3).any(dim=1)  # by group
         before, after = self._text(question)
-        input_ids = torch.tensor(before + [self.special["image_pad"]] * int(groups.sum()) + after)
-        positions = mrope_positions(len(before), groups, len(after))
-        patches = packed_patches(image, keep, config, images)  # Eq. 7
-        return Prompt(input_ids, positions, patches, groups, keep, len(before), source)
+        input_ids = torch.tensor(before + [self.special["image_pad"]] * int(keep.sum()) + after)
+        positions = mrope_positions(len(before), keep, len(after))
+        patches = packed_patches(image, keep_patches, config, self.image_config)  # Eq. 7
+        return Prompt(input_ids, positions, patches, keep, keep_patches, len(before), source)
 
-    def _check_context(self, tokens: float, what: str) -> None:
+    def _check_context(self, tokens: float, what: str, remedy: str) -> None:
         limit = self.llm.config.max_position_embeddings
         if tokens > limit:
-            remedy = "raise --sparsity, or lower --max-pixels or --max-new-tokens"
-            raise ValueError(f"{math.ceil(tokens)} tokens ({what}) exceed the model's {limit}; {remedy}")
+            raise ValueError(f"{math.ceil(tokens)} tokens {what} exceed the model's {limit}; {remedy}")
 
     def _text(self, question: str) -> tuple[list[int], list[int]]:
         """Token ids before and after the image. Special tokens are put in by id; a question that spells one is text."""
@@ -161,10 +159,10 @@ class EPVLM:
             question.encode()
         except UnicodeEncodeError:
             raise ValueError(f"question {question[:40]!a}: holds bytes that are no text; give it in UTF-8") from None
-        start, end, s = self.special["im_start"], self.special["im_end"], self.special
+        start, end = self.special["im_start"], self.special["im_end"]
         system = [start, *ids("system\nYou are a helpful assistant."), end, *ids("\n")]
-        before = [*system, start, *ids("user\n"), s["vision_start"]]
-        return before, [s["vision_end"], *ids(question), end, *ids("\n"), start, *ids("assistant\n")]
+        before = [*system, start, *ids("user\n"), self.special["vision_start"]]
+        return before, [self.special["vision_end"], *ids(question), end, *ids("\n"), start, *ids("assistant\n")]
 
     def _embed(self, prompt: Prompt) -> Tensor:
         """concat(H_v, H_q) of Eq. 4, H_v standing where the image does: (1, L, hidden_size)."""
@@ -186,7 +184,8 @@ class EPVLM:
         ValueError, before any work, for settings out of range and for what exceeds the model's context."""
         if max_new_tokens < 1:
             raise ValueError(f"max-new-tokens {max_new_tokens}: give 1 or more")
-        self._check_context(len(prompt.input_ids) + max_new_tokens, f"with {max_new_tokens} of the answer")
+        what = f"with {max_new_tokens} of the answer"
+        self._check_context(len(prompt.input_ids) + max_new_tokens, what, "lower --max-new-tokens or raise --sparsity")
         return self._decode(prompt, max_new_tokens, sampler(temperature, top_p, seed))
 
     @torch.inference_mode()
@@ -275,16 +274,16 @@ def run(args: argparse.Namespace) -> None:
     names = ("sparsity", "cell", "ties", "polarity", "sensor", "window", "min_pixels", "max_pixels")
     sampling = {name: getattr(args, name) for name in ("temperature", "top_p", "seed")}
     with warnings.catch_warnings(record=True) as caught:  # told below: where an error follows, it alone is told
-        warnings.simplefilter("always")
+        warnings.simplefilter("always", UserWarning)
         check_choices(args.sparsity)
         sampler(**sampling)
         image = read_image(args.image)
         events = None if args.events == "none" else read_events(args.events, args.order, args.time_unit)
         model = EPVLM.from_pretrained(args.model, args.revision, args.device, args.dtype)
         prompt = model.prompt(image, events, args.question, **{name: getattr(args, name) for name in names})
+        pieces = model.stream(prompt, args.max_new_tokens, **sampling)
     for warning in caught:
         print(f"epvlm: warning: {warning.message}", file=sys.stderr)
-    pieces = model.stream(prompt, args.max_new_tokens, **sampling)
     print(prompt, file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         show_progress(model)

@@ -5,7 +5,7 @@ Equations: 5 (motion of a cell), 6 (the mask; as printed, and with an exact budg
 Glossary
     x, y, t, p       an event: column and row (pixels), time (microseconds, or the file's unit), polarity (on or off)
     E_v              event map: events of a time window added up by pixel, first at the sensor's size, then the input's
-    cell             side of a mask cell in pixels: 28 (a merge group, the default) or 14 (a patch, as printed)
+    cell             what the mask decides on: a merge group, 28 x 28 pixels (the default), or a patch, 14 x 14
     S                (cells_h, cells_w), Eq. 5: L1 norm of E_v in each cell
     tau              fraction kept, as in Eq. 6; `sparsity` = 1 - tau is the fraction dropped, as in Table 1
     mask             (cells_h, cells_w) bool, Eq. 6's M_v^E: True keeps, False drops
@@ -34,7 +34,8 @@ MICROSECONDS = {"s": Fraction(10**6), "ms": Fraction(10**3), "us": Fraction(1), 
 CONVERT = (
     'a pickled object, which is never loaded; if you trust it, convert it: python -c "import numpy as np; '
     "d = np.load('{0}', allow_pickle=True); d = d.item() if getattr(d, 'shape', 1) == () else d; "
-    "np.savez('{1}-plain.npz', **{{k: np.array(list(d[k])) for k in 'xytp'}})\""
+    "names = d.dtype.names if hasattr(d, 'dtype') else d; "
+    "np.savez('{1}-plain.npz', **{{k: np.array(np.asarray(d[k]).tolist()) for k in names}})\""
 )
 
 
@@ -78,7 +79,7 @@ class Events:
         """
         if not -math.inf < start <= end < math.inf:
             raise ValueError(f"window {start:g} {end:g}: the start must not lie after the end, both in microseconds")
-        low, high = Fraction(start) / MICROSECONDS[self.unit], Fraction(end) / MICROSECONDS[self.unit]
+        low, high = (Fraction(float(edge)) / MICROSECONDS[self.unit] for edge in (start, end))
         low, high = (math.ceil(low), math.floor(high)) if self.t.dtype.kind in "iu" else (float(low), float(high))
         chosen = (self.t >= low) & (self.t <= high)
         if len(self) and not chosen.any():
@@ -113,6 +114,8 @@ def read_events(source, order: str | None = None, time_unit: str | None = None) 
             raise ValueError(
                 f"{name}: shape {data.shape} of {data.dtype}; give x, y, t, p as fields or N x 4, or a map"
             )
+        if data.shape[1] != 4 and order is not None:
+            raise ValueError(f"{name}: has {data.shape[1]} columns, an order names 4; keep those of x, y, t and p")
         if data.shape[1] != 4:
             return _checked_map(name, data)
         data = dict(zip(order or _order(name, data), data.T, strict=True))
@@ -136,7 +139,7 @@ def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
             return data
         with data:
             known = [name for name in data.files if any(name.lower() in aliases for aliases in ALIASES.values())]
-            names = ["event_data"] if "event_data" in data.files else known or data.files
+            names = ["event_data"] if "event_data" in data.files else known if len(known) >= 4 else data.files
             arrays = {name: data[name] for name in names}
         if not all(isinstance(array, np.ndarray) for array in arrays.values()):
             raise ValueError(f"it holds {', '.join(names)}, which are no arrays")
@@ -157,7 +160,7 @@ def _fields(name: str, data) -> list[str]:
     for column, keys in zip(ALIASES, found, strict=True):
         if len(keys) != 1:
             fault = f"{len(keys) or 'no'} columns for {column} among {', '.join(present) or 'none at all'}"
-            raise ValueError(f"{name}: {fault}; name them x, y, t, p")
+            raise ValueError(f"{name}: {fault}; name them x, y, t, p, or store a single array")
     return [key for keys in found for key in keys]
 
 
@@ -165,19 +168,25 @@ def _order(name: str, rows: np.ndarray) -> str:
     """What the columns of an N x 4 array are, such as "txyp".
 
     Polarity is the column that holds only -1, 0 and 1. Time is, of those that never decrease, the one of largest range.
-    Of the other two x comes first, as in every layout in use. A column that could be time as well (constant, or of more
-    than a tenth of that range, or the only one with fractions) is a doubt, and a doubt is an error, not a guess.
+    Of the other two x comes first, as in every layout in use. A doubt is an error, not a guess: another such column
+    that is constant, has over a tenth of that range, or alone has fractions; or whole numbers that a coordinate could
+    be sorted into, few or mostly repeated, where an unsorted column has the larger range.
     """
     if not len(rows):
         return "xytp"
     columns = dict(enumerate(rows.T))
     polar = [c for c, v in columns.items() if -1 <= v.min() <= v.max() <= 1 and not _fractions(v)]
-    rising = [c for c, v in columns.items() if c not in polar and (v[1:] >= v[:-1]).all()]
-    ranges = {c: float(columns[c][-1]) - float(columns[c][0]) for c in rising}
-    time = max(ranges, key=ranges.get, default=None)
-    rivals = [c for c in rising if c != time]
-    clear = [0 < 10 * ranges[c] <= ranges[time] and _fractions(columns[c]) <= _fractions(columns[time]) for c in rivals]
-    if len(polar) != 1 or not ranges.get(time) or not all(clear):
+    ranges = {c: float(v.max()) - float(v.min()) for c, v in columns.items() if c not in polar}
+    rising = [c for c in ranges if (columns[c][1:] >= columns[c][:-1]).all()]
+    time = max(rising, key=ranges.get, default=None)
+    certain = len(polar) == 1 and bool(ranges.get(time))
+    if certain:
+        values, exact = columns[time], _fractions(columns[time])
+        rivals = [c for c in rising if c != time]
+        certain = all(0 < 10 * ranges[c] <= ranges[time] and _fractions(columns[c]) <= exact for c in rivals)
+        moving = len(values) >= 8 and 2 * np.count_nonzero(values[1:] != values[:-1]) >= len(values)
+        certain = certain and (exact or moving or ranges[time] == max(ranges.values()))
+    if not certain:
         raise ValueError(f"{name}: which of its columns are x, y, t, p is uncertain; say it, as in --order txyp")
     x, y = (c for c in columns if c not in (time, polar[0]))
     return "".join({x: "x", y: "y", time: "t", polar[0]: "p"}[c] for c in columns)
@@ -212,7 +221,7 @@ def _checked_events(events: Events, warn: bool) -> Events:
         low, high = events.p.min(), events.p.max()
         if low < -1 or high > 1 or _fractions(events.p) or (low < 0 and (events.p == 0).any()):
             raise ValueError(f"{name}: polarities from {low} to {high}; store 0 and 1, -1 and +1, or bool")
-        span = events.t.max() - events.t.min()
+        span = float(events.t.max()) - float(events.t.min())
         if warn and span < 1e6 and _fractions(events.t):
             told = f"{name}: times have fractions and span only {span:.6g}; taken as microseconds"
             warnings.warn(f"{told}, if they are not, say --time-unit s, ms or ns (us silences this)", stacklevel=3)
@@ -236,7 +245,8 @@ def event_map(events: Events | np.ndarray, sensor, size, window, polarity: str =
     """E_v at the sensor's size, and in words what it was made of.
 
     sensor: (width, height) in pixels, or None for `size`, that of the image. window: (start, end) in microseconds, or
-    None for all. A map is taken as it is. Raises ValueError for events outside the sensor, and a window without any.
+    None for all. polarity: see `accumulate`. A map is taken as it is. Raises ValueError for events outside the sensor
+    and a window without any; warns of no events at all, and where the sensor is likely smaller than the image.
     """
     if isinstance(events, Events):
         width, height = sensor or size
@@ -246,13 +256,13 @@ def event_map(events: Events | np.ndarray, sensor, size, window, polarity: str =
         if not sensor and len(events) and 2 * events.extent[1] < width and 2 * events.extent[3] < height:
             told = f"{events.name}: all events lie in the first quarter of the image's {width} x {height} pixels"
             warnings.warn(f"{told}; if the event camera is smaller, say --sensor WxH", stacklevel=3)
-        shown = events.within(*window) if window else events
-        start, end = window or (shown.span() if len(shown) else (0, 0))
+        shown = events if window is None else events.within(*window)
+        start, end = window if window is not None else shown.span() if len(shown) else (0, 0)
         E_v = accumulate(shown, height, width, polarity)
         source = f"{len(shown)} events in {(end - start) / 1000:.1f} ms"
     else:
         E_v, source = events, f"an event map of {events.shape[1]} x {events.shape[0]}"
-        if window or sensor not in (None, events.shape[::-1]):
+        if window is not None or (sensor and tuple(sensor) != events.shape[::-1]):
             raise ValueError(f"{source} has no times and only its own size; leave --window and --sensor out")
     if not (len(events) if isinstance(events, Events) else E_v.any()):
         warnings.warn("the recording holds no events at all; evenly spread cells are kept", stacklevel=3)
@@ -277,10 +287,10 @@ def _resize_rows(rows: np.ndarray, target: int) -> np.ndarray:
     return np.add.reduceat(pieces, np.searchsorted(edges, np.arange(target) * source), axis=0)
 
 
-def motion(E_v: np.ndarray, cell: int) -> np.ndarray:
-    """Eq. 5: S, the L1 norm of E_v in each cell. E_v (H, W), sides multiples of `cell`; returns (H/cell, W/cell)."""
-    cells_h, cells_w = E_v.shape[0] // cell, E_v.shape[1] // cell
-    return np.abs(E_v).reshape(cells_h, cell, cells_w, cell).sum(axis=(1, 3))  # Eq. 5
+def motion(E_v: np.ndarray, side: int) -> np.ndarray:
+    """Eq. 5: S, the L1 norm of E_v in each cell of `side` pixels. E_v (H, W), whole cells; returns (H/side, W/side)."""
+    cells_h, cells_w = E_v.shape[0] // side, E_v.shape[1] // side
+    return np.abs(E_v).reshape(cells_h, side, cells_w, side).sum(axis=(1, 3))  # Eq. 5
 
 
 def literal_mask(S: np.ndarray, tau: float) -> np.ndarray:

@@ -211,18 +211,18 @@ def sampler(temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Call
     return choose
 
 
-def generate(decoder: Decoder, prompt: Tensor, positions: Tensor, limit: int, stop: set[int], choose) -> Iterator[int]:
+def generate(decoder: Decoder, hidden: Tensor, positions: Tensor, limit: int, stop: set[int], choose) -> Iterator[int]:
     """Yields up to `limit` token ids as they are decided, the one in `stop` that ends the answer included.
 
-    prompt (1, L, hidden_size); positions (3, L). Token n of the answer stands at the prompt's largest DENSE position
-    + 1 + n on all three axes: not at L + n, since L counts the kept tokens only.
+    hidden (1, L, hidden_size), positions (3, L): the embedded prompt. Token n of the answer stands at the prompt's
+    largest DENSE position + 1 + n on all three axes: not at L + n, since L counts the kept tokens only.
     """
-    cache = KVCache(decoder.config, prompt.shape[1] + limit, like=prompt)
-    hidden, position = decoder(prompt, positions, cache), positions[:, -1:]
+    cache = KVCache(decoder.config, hidden.shape[1] + limit, like=hidden)
+    hidden, position = decoder(hidden, positions, cache), positions[:, -1:]
     for n in range(limit):
         token = choose(decoder.logits(hidden[0, -1]))
         yield token
         if token in stop or n == limit - 1:
             return
         position = position + 1
-        hidden = decoder(decoder.embed(torch.tensor([[token]], device=prompt.device)), position, cache)
+        hidden = decoder(decoder.embed(torch.tensor([[token]], device=hidden.device)), position, cache)

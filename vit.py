@@ -71,12 +71,13 @@ def read_image(image: str | Path | Image.Image) -> Image.Image:
     try:
         image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
         if image.mode.startswith("I"):  # 16 bits of grey; some formats open as 32
-            if np.asarray(image).min() < 0 or np.asarray(image).max() > 65535:
-                raise ValueError("over 16 bits of grey")
-            image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            grey = np.asarray(image)
+            if image.mode == "I" and not (grey.min() >= 0 and 255 < grey.max() <= 65535):
+                raise ValueError("grey of unknown range")
+            image = Image.fromarray((grey // 257).astype(np.uint8))
         if image.mode == "F":
-            raise ValueError("floating-point grey")
-        if "A" in image.getbands() or "transparency" in image.info:
+            raise ValueError("grey of unknown range")
+        if image.mode.endswith(("A", "a")) or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
@@ -116,7 +117,7 @@ def patchify(pixels: Tensor, patch_size: int = 14, merge: int = 2) -> Tensor:
     return group_order(grid.permute(0, 2, 4, 1, 3), merge)
 
 
-def packed_patches(image: Image.Image, keep: Tensor, config: VisionConfig, norm: ImageConfig) -> Tensor:
+def packed_patches(image: Image.Image, keep: Tensor, config: VisionConfig, image_config: ImageConfig) -> Tensor:
     """X~_v: the kept patches of an RGB image, normalised, each frame standing for all T of a still image.
 
     keep (grid_h, grid_w) bool also sets the input size, grid * 14 pixels. Returns (N', 3 * T * p * p) float32.
@@ -126,7 +127,7 @@ def packed_patches(image: Image.Image, keep: Tensor, config: VisionConfig, norm:
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     X_v = torch.from_numpy(np.array(image))  # (H, W, 3) uint8
     patches = pack(patchify(X_v, config.patch_size, config.spatial_merge_size), _rows(keep, config))  # Eq. 7
-    mean, std = (torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (norm.image_mean, norm.image_std))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (image_config.image_mean, image_config.image_std))
     patches = (patches / 255.0 - mean) / std  # (N', 3, p, p)
     return patches.unsqueeze(2).expand(-1, -1, config.temporal_patch_size, -1, -1).flatten(1)
 

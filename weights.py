@@ -4,7 +4,7 @@ No equation stands here. The paper is training-free: the weights are those of Qw
 
 Glossary
     folder           the checkpoint's folder, the user's own or one in huggingface_hub's cache
-    sections         config.json sorted into "vision", "text" and "root", whichever of its four layouts it has
+    vision, text     settings of the two parts of the model, whichever of its four layouts config.json has
     shapes           tensor name -> shape of every tensor the model has; names as published (visual., model., lm_head.)
 
 What differs from plain Qwen2-VL: only the strictness. Every tensor in the files is accounted for; one that is missing,
@@ -82,8 +82,8 @@ def read_json(path: Path, required: bool = True) -> dict:
     return content
 
 
-def read_config(folder: Path) -> dict[str, dict]:
-    """config.json as {"vision": ..., "text": ..., "root": ...}, the same whichever way it is laid out.
+def read_config(folder: Path) -> tuple[dict, dict]:
+    """The vision and the text settings of config.json, the same whichever way it is laid out.
 
     Published files keep the decoder's values at the root, newer ones nest them in text_config, some do both; rotary
     settings are `rope_theta` beside `rope_scaling`, or both within `rope_parameters`. Values absent from the file are
@@ -99,30 +99,30 @@ def read_config(folder: Path) -> dict[str, dict]:
     vision = _object(path, root, "vision_config")
     text = {**root, **_object(path, root, "text_config")}
     vision.setdefault("in_channels", vision.get("in_chans", 3))
-    text["tie_word_embeddings"] = root.get("tie_word_embeddings") or text.get("tie_word_embeddings") or False
+    if root.get("tie_word_embeddings") is not None:  # its place is the root; some files have it nested
+        text["tie_word_embeddings"] = root["tie_word_embeddings"]
     for section in (vision, text):
         rope = {**_object(path, section, "rope_scaling"), **_object(path, section, "rope_parameters")}
         section.update((key, rope[key]) for key in ("rope_theta", "mrope_section", "rope_type", "type") if key in rope)
     for section, key, *accepted in FIXED:
-        value = {"vision": vision, "text": text}[section].get(key)
+        value = (vision if section == "vision" else text).get(key)
         if value not in (None, *accepted):
-            raise ValueError(
-                f"{path}: {section} {key} is {value!r}, Qwen2-VL's is {accepted[0]!r}; give such a checkpoint"
-            )
-    return {"vision": vision, "text": text, "root": root}
+            raise ValueError(f"{path}: {section} {key} is {value!r}, not {accepted[0]!r}; give a Qwen2-VL checkpoint")
+    return vision, text
 
 
-def read_image_config(folder: Path) -> dict:
-    """The image settings, flat: min_pixels and max_pixels stand at the root of preprocessor_config.json or within its
+def read_image_config(folder: Path, config_class: type):
+    """The image settings as `config_class`. Pixel limits stand at the root of preprocessor_config.json or within its
     `size`, there also as shortest_edge and longest_edge; newer files keep it all inside processor_config.json."""
-    section = read_json(folder / "preprocessor_config.json", required=False)
-    path = folder / "processor_config.json"
-    section = section or _object(path, read_json(path, required=False), "image_processor")
-    size = _object(folder / "preprocessor_config.json", section, "size")
+    path = folder / "preprocessor_config.json"
+    section = read_json(path, required=False)
+    if not section:
+        path = folder / "processor_config.json"
+        section = _object(path, read_json(path, required=False), "image_processor")
+    size = _object(path, section, "size")
     for key, newer in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        value = section.get(key) or size.get(key) or size.get(newer)
-        section = {**section, key: value} if value else {k: v for k, v in section.items() if k != key}
-    return section
+        section = {**section, key: section.get(key) or size.get(key) or size.get(newer)}
+    return fill(config_class, section, path)
 
 
 def _object(path: Path, section: dict, key: str) -> dict:
@@ -135,7 +135,8 @@ def _object(path: Path, section: dict, key: str) -> dict:
 def fill(config_class: type, section: dict, path: Path):
     """A frozen config dataclass from a section of a JSON file: unknown keys are left, absent ones take the default.
 
-    Raises ValueError, naming file and key, for a value of the wrong type or a whole number that is not positive.
+    Raises ValueError, naming file and key, for a value of the wrong type or out of range: below 0, and for
+    whole numbers 0 itself.
     """
     values = {}
     for field in fields(config_class):
@@ -166,7 +167,8 @@ def read_ends(folder: Path, text: dict) -> set[int]:
     """The token ids that end an answer: generation_config.json's, else config.json's; one or several."""
     path = folder / "generation_config.json"
     ends = read_json(path, required=False).get("eos_token_id")
-    ends = text.get("eos_token_id") if ends is None else ends
+    if ends is None:
+        path, ends = folder / "config.json", text.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if not all(type(end) is int for end in ends):
         raise ValueError(f"{path}: eos_token_id is {ends!r}, not token ids; fetch the checkpoint again")
@@ -196,14 +198,15 @@ def read_tokenizer(folder: Path, vocab_size: int, special: Iterable[str]) -> Tok
 def placement(device, dtype) -> tuple[torch.device, torch.dtype | None]:
     """Device and dtype by their names. None: a CUDA GPU if there is one, else the CPU; the dtype stays None. Raises
     ValueError for what cannot be used."""
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}: give one of {', '.join(DTYPES)}")
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in (None, *DTYPES):
+        raise ValueError(f"dtype {name!r}: give one of {', '.join(DTYPES)}")
     try:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if place.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("it is none of cpu, cuda, mps")
-        return torch.empty(0, device=place).device, getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    except (RuntimeError, AssertionError) as error:
+        return torch.empty(0, device=place).device, name and getattr(torch, name)
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ValueError(f"device {str(device)!r} cannot be used ({str(error).splitlines()[0]}); try cpu") from None
 
 

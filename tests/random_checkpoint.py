@@ -43,10 +43,10 @@ def config(size: str) -> dict:
 
 def model_shapes(folder: Path) -> dict[str, tuple]:
     """Published name -> shape, from this project's own modules."""
-    sections, path = read_config(folder), folder / "config.json"
+    (vision, text), path = read_config(folder), folder / "config.json"
     with torch.device("meta"):
-        vit = VisionTransformer(fill(VisionConfig, sections["vision"], path))
-        llm = Decoder(fill(DecoderConfig, sections["text"], path))
+        vit = VisionTransformer(fill(VisionConfig, vision, path))
+        llm = Decoder(fill(DecoderConfig, text, path))
     shapes = {f"visual.{name}": tuple(t.shape) for name, t in vit.state_dict().items()}
     return shapes | {name: tuple(t.shape) for name, t in llm.state_dict().items()}
 

@@ -111,6 +111,7 @@ def test_a_map_needs_no_sensor_and_has_no_times(files):
     E_v[100:] = 1
     prompt = model.prompt("image.png", E_v, QUESTION)
     assert not prompt.keep[:2].any() and prompt.keep[2:].all() and "map of 240 x 180" in str(prompt)
+    assert torch.equal(model.prompt("image.png", E_v, QUESTION, sensor=[240, 180]).keep, prompt.keep)
     for options in ({"window": (0, 1)}, {"sensor": (180, 240)}):
         with pytest.raises(ValueError, match="leave --window and --sensor out"):
             model.prompt("image.png", E_v, QUESTION, **options)
@@ -120,7 +121,7 @@ def test_the_sensor_may_be_of_another_size(files):
     model = EPVLM.from_pretrained("model")
     events = np.load("events.npy")
     events["x"], events["y"] = events["x"] * 4, events["y"] * 4
-    prompt = model.prompt("image.png", events, QUESTION, sensor=(336, 448))
+    prompt = model.prompt("image.png", events, QUESTION, sensor=(336, 448), window=np.array([0, 5000], np.float32))
     assert prompt.keep[:2].all() and not prompt.keep[2:].any()
 
 
@@ -152,10 +153,10 @@ def test_what_exceeds_the_context_is_refused_before_the_work(files):
     model = EPVLM.from_pretrained("model")
     prompt = model.prompt("image.png", "events.npy", QUESTION)
     fits = model.llm.config.max_position_embeddings - len(prompt.input_ids)
-    with pytest.raises(ValueError, match=r"exceed the model's 32768; .*--max-new-tokens"):
+    with pytest.raises(ValueError, match=r"exceed the model's 32768; lower --max-new-tokens"):
         model.tokens(prompt, fits + 1)
     next(model.tokens(prompt, fits))
-    with pytest.raises(ValueError, match=r"exceed the model's 32768; raise --sparsity, or lower --max-pixels"):
+    with pytest.raises(ValueError, match=r"exceed the model's 32768; raise --sparsity or lower --max-pixels"):
         model.prompt("image.png", None, QUESTION, min_pixels=10**8, max_pixels=10**9)
 
 
@@ -449,6 +450,11 @@ def test_every_bad_input_is_one_line_and_status_2(files, capsys):
     }.items():
         line = refused(capsys, *arguments)
         assert all(word in line for word in words), (words, line)
+    events = np.load("events.npy").astype([("t", "f8"), ("x", "u2"), ("y", "u2"), ("p", "?")])
+    events["t"] /= 1e6
+    np.save("seconds.npy", events)
+    for option in (("--window", "5", "9"), ("--max-new-tokens", "900000000")):
+        refused(capsys, "image.png", "seconds.npy", *ask, *option)  # an error alone, no warning before it
     Path("model/model.safetensors").write_bytes(b"nothing")
     assert "model.safetensors" in refused(capsys, "image.png", "none", *ask)
 

@@ -2,9 +2,14 @@
 
 import io
 import math
+import pickle
+import shlex
+import subprocess
+import sys
 import warnings
 import zipfile
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +100,8 @@ def test_bare_columns_are_found(tmp_path, order, dtype, layout):
         "one event": [[1, 1, 7, 0]],
         "pixels read row by row": [[3, 60, 0, 1], [1, 61, 5, 0], [2, 119, 19, 1]],
         "x may be time": [[10, 20, 100, 1], [200, 30, 150, 1]],
+        "few rows, x sorted, time not": [[1, 5, 30, 1], [2, 3, 10, 0], [3, 4, 20, 1]],
+        "rows sorted by y": [[n % 7, n // 7, (n * 37) % 150, n % 2] for n in range(100)],
         "times equal, y sorted": [[3, 1, 5, 1], [1, 2, 5, 0], [2, 30, 5, 1]],
     }.items(),
     ids=lambda value: value if isinstance(value, str) else "",
@@ -114,7 +121,14 @@ def test_an_order_is_the_four_letters(order):
 def test_time_may_be_seconds_and_x_may_happen_to_be_sorted():
     seconds = np.array([[5, 9, 0.1, 0], [3, 7, 0.15, 1], [8, 1, 0.3, 1]])
     assert columns(read_events(seconds, time_unit="s"))[2] == [0.1, 0.15, 0.3]
+    counter = np.array([[(n * 37) % 200, (n * 11) % 100, n, n % 2] for n in range(50)])  # a time of small range
+    assert columns(read_events(counter))[2] == list(range(50))
     assert columns(read_events(np.array([[1, 9, 100, 0], [2, 7, 200, 1], [3, 1, 300, 1]])))[2] == [100, 200, 300]
+
+
+def test_an_order_is_not_for_maps():
+    with pytest.raises(ValueError, match="has 5 columns, an order names 4"):
+        read_events(np.ones((50, 5)), order="txyp")
 
 
 @pytest.mark.parametrize("shape", [(4, 500), (500, 3), (500, 5), (1, 100)])
@@ -175,23 +189,23 @@ def test_what_is_neither_events_nor_a_map_is_refused(bad):
         read_events(bad)
 
 
-def test_pickles_are_refused_with_the_line_that_converts_them(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["dict", "raw", "structured"])
+def test_pickles_are_refused_with_the_line_that_converts_them(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
-    np.save("dict.npy", {name: ROWS[name] for name in "xytp"})
+    if kind == "raw":
+        Path("dict.npy").write_bytes(pickle.dumps({"x": ROWS["x"], "y": ROWS["y"], "ts": ROWS["t"], "pol": ROWS["p"]}))
+    elif kind == "structured":
+        np.save("dict.npy", ROWS.astype([(name, object) for name in "xytp"]))
+    else:
+        np.save("dict.npy", {name: list(ROWS[name]) for name in "xytp"})
     with pytest.raises(ValueError, match=r"never loaded; .*python -c") as refusal:
         read_events("dict.npy")
-    import shlex
-    import subprocess
-    import sys
-
     command = shlex.split(str(refusal.value).split("convert it: ")[1])
     subprocess.run([sys.executable, *command[1:]], check=True)
     assert columns(read_events("dict-plain.npz")) == EXPECTED
 
 
 def test_no_pickle_is_ever_executed(tmp_path):
-    import pickle
-
     class Trap:
         def __reduce__(self):
             return open, (str(tmp_path / "sprung"), "w")

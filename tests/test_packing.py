@@ -64,7 +64,7 @@ def test_a_broken_group_enters_the_merger_with_zeros_in_the_missing_slots(checkp
     _, theirs, ours = checkpoint
     picture = image(14 * keep.shape[0], 14 * keep.shape[1], seed)
     dense = dense_prompt(ours, picture)
-    patches = packed_patches(picture, keep, ours.vit.config, ours.images)
+    patches = packed_patches(picture, keep, ours.vit.config, ours.image_config)
     with torch.inference_mode():
         close(ours.vit(patches[None], keep)[0], masked_vision(theirs, dense.patches, keep))
 

@@ -24,10 +24,10 @@ PARAMETERS = {"2B": 2_208_985_600, "7B": 8_291_375_616, "72B": 73_405_560_320}
 
 def built(folder) -> dict[str, torch.Tensor]:
     """Every tensor of the model a config.json describes, on the meta device, by published name."""
-    sections = read_config(folder)
+    vision, text = read_config(folder)
     with torch.device("meta"):
-        vit = VisionTransformer(fill(VisionConfig, sections["vision"], folder / "config.json"))
-        llm = Decoder(fill(DecoderConfig, sections["text"], folder / "config.json"))
+        vit = VisionTransformer(fill(VisionConfig, vision, folder / "config.json"))
+        llm = Decoder(fill(DecoderConfig, text, folder / "config.json"))
     return {f"visual.{name}": tensor for name, tensor in vit.state_dict().items()} | llm.state_dict()
 
 
@@ -80,8 +80,8 @@ def test_all_layouts_read_the_same(checkpoint, tmp_path):
     read = []
     for layout in ("flat", "both", "nested"):
         (tmp_path / "config.json").write_text(json.dumps(tiny.in_layout(nested, layout)))
-        sections = read_config(tmp_path)
-        read.append((fill(VisionConfig, sections["vision"], tmp_path), fill(DecoderConfig, sections["text"], tmp_path)))
+        vision, text = read_config(tmp_path)
+        read.append((fill(VisionConfig, vision, tmp_path), fill(DecoderConfig, text, tmp_path)))
     assert read[0] == read[1] == read[2]
     assert read[0][1].mrope_section == tuple(tiny.MROPE) and read[0][1].tie_word_embeddings
 
@@ -98,7 +98,7 @@ def test_all_layouts_read_the_same(checkpoint, tmp_path):
 def test_pixel_limits_in_every_spelling(tmp_path, settings, file):
     settings = settings if file.startswith("pre") else {"image_processor": settings}
     (tmp_path / file).write_text(json.dumps(settings))
-    config = fill(ImageConfig, read_image_config(tmp_path), tmp_path)
+    config = read_image_config(tmp_path, ImageConfig)
     assert (config.min_pixels, config.max_pixels) == (784, 9999)
 
 
@@ -123,7 +123,7 @@ def test_pixel_limits_in_every_spelling(tmp_path, settings, file):
         ({"vision_config": {"embed_dim": 63}}, "vision embed_dim 63"),
         (
             {"vision_config": {"embed_dim": 64, "num_heads": 4, "hidden_size": 32}},
-            "tokens of 32 do not fit a decoder of 64",
+            "tokens of 32 do not fit the decoder.s 64",
         ),
     ],
 )
@@ -167,6 +167,7 @@ def test_what_ends_an_answer(copied, generation, config, ends):
     "file, content, message",
     [
         ("generation_config.json", {"eos_token_id": [[1]]}, "not token ids"),
+        ("processor_config.json", {"image_processor": {"image_mean": [0.5]}}, "three values"),
         ("generation_config.json", {"eos_token_id": "<|im_end|>"}, "not token ids"),
         ("preprocessor_config.json", {"size": [1, 2]}, r"size is \[1, 2\]"),
         ("preprocessor_config.json", {"image_mean": [0.5]}, "three values"),
@@ -175,6 +176,8 @@ def test_what_ends_an_answer(copied, generation, config, ends):
     ],
 )
 def test_other_settings_that_are_wrong_are_named(copied, file, content, message):
+    if file.startswith("processor"):
+        (copied / "preprocessor_config.json").unlink()
     (copied / file).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"{re.escape(file)}.*{message}"):
         EPVLM.from_pretrained(copied)
@@ -393,22 +396,24 @@ def test_settings_that_differ_from_the_defaults_are_read(tmp_path):
         "text_config": {"hidden_size": 16, "tie_word_embeddings": True, "rope_theta": 7},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    sections = read_config(tmp_path)
-    assert sections["vision"]["in_channels"] == 4 and sections["vision"]["rope_theta"] == 5.0
-    assert sections["text"]["hidden_size"] == 16 and sections["text"]["tie_word_embeddings"]
+    vision, text = read_config(tmp_path)
+    assert vision["in_channels"] == 4 and vision["rope_theta"] == 5.0
+    assert text["hidden_size"] == 16 and text["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    assert read_config(tmp_path)[1]["tie_word_embeddings"] is False  # the root has the last word
     assert fill(VisionConfig, {"rope_theta": 7}, tmp_path).rope_theta == 7.0
 
 
 def test_pixel_limits_that_disagree_or_are_null(tmp_path):
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps({"min_pixels": 784, "max_pixels": None, "size": {"min_pixels": 5, "shortest_edge": 6}}))
-    config = fill(ImageConfig, read_image_config(tmp_path), path)
+    config = read_image_config(tmp_path, ImageConfig)
     assert (config.min_pixels, config.max_pixels) == (784, ImageConfig.max_pixels)
 
 
 def test_image_statistics_are_the_checkpoints(files):
     Path("model/preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3]}))
-    assert EPVLM.from_pretrained("model").images.image_mean == (0.1, 0.2, 0.3)
+    assert EPVLM.from_pretrained("model").image_config.image_mean == (0.1, 0.2, 0.3)
 
 
 def test_truncation_and_padding_in_a_tokenizer_file_are_ignored(files):
@@ -459,3 +464,9 @@ def test_a_folder_in_the_place_of_a_shard(files):
     Path("model/model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "x.safetensors"}}')
     with pytest.raises(ValueError, match=r"x\.safetensors: not a safetensors file"):
         EPVLM.from_pretrained("model")
+
+
+@pytest.mark.parametrize("device, dtype", [(3.5, None), ("meta", None), (None, torch.int8), (None, torch.float64)])
+def test_places_that_cannot_be_used(copied, device, dtype):
+    with pytest.raises(ValueError, match="give one of bfloat16" if dtype else "try cpu"):
+        EPVLM.from_pretrained(copied, device=device, dtype=dtype)
