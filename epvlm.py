@@ -36,20 +36,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
+import weights
 from events import MICROSECONDS, Events, budget_mask, event_map, literal_mask, motion, read_events, resize
 from llm import Decoder, DecoderConfig, generate, mrope_positions, sampler
 from vit import ImageConfig, VisionConfig, VisionTransformer, packed_patches, read_image, smart_resize
-from weights import (
-    DTYPES,
-    fetch,
-    fill,
-    placement,
-    read_config,
-    read_ends,
-    read_image_config,
-    read_tensors,
-    read_tokenizer,
-)
 
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 CHOICES = {"cell": ("group", "patch"), "ties": ("exact", "literal"), "polarity": ("count", "signed")}
@@ -87,27 +77,25 @@ class EPVLM:
     def from_pretrained(cls, model: str | Path, revision: str | None = None, device=None, dtype=None) -> "EPVLM":
         """Loads a checkpoint: a folder, or a hub id at a `revision`. device: None takes a CUDA GPU if there is one,
         else the CPU. dtype: a torch.dtype or its name, None the checkpoint's own. Raises ValueError naming a fault."""
-        device, dtype = placement(device, dtype)
-        folder = fetch(model, revision)
+        device, dtype = weights.placement(device, dtype)
+        folder = weights.fetch(model, revision)
         path = folder / "config.json"
-        vision, text = read_config(folder)
-        stop = read_ends(folder, text)
-        vision, text = fill(VisionConfig, vision, path), fill(DecoderConfig, text, path)
+        vision, text = weights.read_config(folder)
+        stop = weights.read_ends(folder, text)
+        vision, text = weights.fill(VisionConfig, vision, path), weights.fill(DecoderConfig, text, path)
         if vision.hidden_size != text.hidden_size:
-            raise ValueError(
-                f"{path}: visual tokens of {vision.hidden_size} do not fit the decoder's {text.hidden_size}"
-            )
-        tokenizer = read_tokenizer(folder, text.vocab_size, SPECIAL.values())
+            raise ValueError(f"{path}: vision hidden_size {vision.hidden_size} is not the decoder's {text.hidden_size}")
+        tokenizer = weights.read_tokenizer(folder, text.vocab_size, SPECIAL.values())
         with torch.device("meta"):
             vit, llm = VisionTransformer(vision), Decoder(text)
         shapes = {f"visual.{name}": tuple(tensor.shape) for name, tensor in vit.state_dict().items()}
         shapes |= {name: tuple(tensor.shape) for name, tensor in llm.state_dict().items()}
-        tensors = read_tensors(folder, shapes, text.tie_word_embeddings, dtype, device)
+        tensors = weights.read_tensors(folder, shapes, text.tie_word_embeddings, dtype, device)
         visual = {name.removeprefix("visual."): tensors.pop(name) for name in shapes if name.startswith("visual.")}
         for module, state in ((vit, visual), (llm, tensors)):
             module.load_state_dict(state, assign=True)
             module.requires_grad_(False).eval()
-        return cls(vit, llm, tokenizer, read_image_config(folder, ImageConfig), stop)
+        return cls(vit, llm, tokenizer, weights.read_image_config(folder, ImageConfig), stop)
 
     def prompt(
         self, image: str | Path | Image.Image, events: str | Path | np.ndarray | Events | None, question: str,
@@ -166,7 +154,7 @@ class EPVLM:
 
     def _embed(self, prompt: Prompt) -> Tensor:
         """concat(H_v, H_q) of Eq. 4, H_v standing where the image does: (1, L, hidden_size)."""
-        weight = self.vit.patch_embed.proj.weight
+        weight = self.vit.patch_embed.proj.weight  # its dtype and device are the model's
         H_v = self.vit(prompt.patches.to(weight)[None], prompt.keep_patches)  # Eq. 8, 9, 10
         H_q = self.llm.embed(prompt.input_ids.to(weight.device)[None])
         start, end = prompt.image_start, prompt.image_start + H_v.shape[1]
@@ -265,7 +253,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=float, default=1.0, help="probability to draw from (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
     add("--device", help="such as cpu or cuda (default: cuda if there is one)")
-    add("--dtype", choices=DTYPES, help="default: the checkpoint's own")
+    add("--dtype", choices=weights.DTYPES, help="default: the checkpoint's own")
     return parser.parse_args(argv)
 
 

@@ -114,10 +114,14 @@ def read_events(source, order: str | None = None, time_unit: str | None = None) 
             raise ValueError(
                 f"{name}: shape {data.shape} of {data.dtype}; give x, y, t, p as fields or N x 4, or a map"
             )
-        if data.shape[1] != 4 and order is not None:
-            raise ValueError(f"{name}: has {data.shape[1]} columns, an order names 4; keep those of x, y, t and p")
-        if data.shape[1] != 4:
-            return _checked_map(name, data)
+        if data.shape[1] != 4:  # not events, so a map
+            if data.size == 0 or max(data.shape) > 20 * min(data.shape) or order is not None:
+                raise ValueError(
+                    f"{name}: shape {data.shape} is neither N x 4 events nor a map of an image; reshape it"
+                )
+            if not np.isfinite(data).all():
+                raise ValueError(f"{name}: the event map holds NaN or infinity; replace them")
+            return data
         data = dict(zip(order or _order(name, data), data.T, strict=True))
     columns = [np.ravel(data[field]) for field in _fields(name, data)]
     return _checked_events(Events(name, *columns, time_unit or "us"), warn=time_unit is None)
@@ -194,14 +198,6 @@ def _order(name: str, rows: np.ndarray) -> str:
 
 def _fractions(values: np.ndarray) -> bool:
     return values.dtype.kind == "f" and bool((values != np.floor(values)).any())
-
-
-def _checked_map(name: str, data: np.ndarray) -> np.ndarray:
-    if data.size == 0 or max(data.shape) > 20 * min(data.shape):
-        raise ValueError(f"{name}: shape {data.shape} is neither N x 4 events nor a map of an image; reshape it")
-    if not np.isfinite(data).all():
-        raise ValueError(f"{name}: the event map holds NaN or infinity; replace them")
-    return data
 
 
 def _checked_events(events: Events, warn: bool) -> Events:

@@ -127,7 +127,7 @@ def test_time_may_be_seconds_and_x_may_happen_to_be_sorted():
 
 
 def test_an_order_is_not_for_maps():
-    with pytest.raises(ValueError, match="has 5 columns, an order names 4"):
+    with pytest.raises(ValueError, match="neither N x 4 events nor a map"):
         read_events(np.ones((50, 5)), order="txyp")
 
 

@@ -123,7 +123,7 @@ def test_pixel_limits_in_every_spelling(tmp_path, settings, file):
         ({"vision_config": {"embed_dim": 63}}, "vision embed_dim 63"),
         (
             {"vision_config": {"embed_dim": 64, "num_heads": 4, "hidden_size": 32}},
-            "tokens of 32 do not fit the decoder.s 64",
+            "vision hidden_size 32 is not the decoder's 64",
         ),
     ],
 )
