@@ -399,7 +399,51 @@ def test_sizes_are_those_of_transformers_and_whole_groups(height, width):
 # Bad input
 
 
-def test_every_bad_input_is_one_line_and_status_2(files, capsys):
+BAD_INPUT = {  # what the line must hold -> arguments
+    ("nowhere.png", "no such file"): ("nowhere.png", "none", *ASK),
+    ("text.png", "give an 8-bit PNG"): ("text.png", "none", *ASK),
+    ("cut.png", "truncated"): ("cut.png", "none", *ASK),
+    ("empty", "not an image"): ("empty", "none", *ASK),
+    ("over 200 : 1", "crop"): ("thin.png", "none", *ASK),
+    ("nowhere.npy", ".npz of events, or none"): ("image.png", "nowhere.npy", *ASK),
+    ("text.npy", "neither .npy nor .npz"): ("image.png", "text.npy", *ASK),
+    ("pickled.npy", "never loaded", "allow_pickle=True"): ("image.png", "pickled.npy", *ASK),
+    ("wide.npy", "x 700 to 700", "84 x 112", "--sensor WxH"): ("image.png", "wide.npy", *ASK),
+    ("1000 to 1099 us", "--window"): ("image.png", "events.npy", *ASK, "--window", "5", "9"),
+    ("window 9 5",): ("image.png", "events.npy", *ASK, "--window", "9", "5"),
+    ("sparsity 1.0", "[0, 1)"): ("image.png", "events.npy", *ASK, "--sparsity", "1"),
+    ("sparsity -0.1",): ("image.png", "events.npy", *ASK, "--sparsity", "-0.1"),
+    ("sparsity nan",): ("image.png", "events.npy", *ASK, "--sparsity", "nan"),
+    ("--sparsity", "'half'"): ("image.png", "events.npy", *ASK, "--sparsity", "half"),
+    ("--cell", "'pixel'", "group"): ("image.png", "events.npy", *ASK, "--cell", "pixel"),
+    ("--sensor", "'240'", "240x180"): ("image.png", "events.npy", *ASK, "--sensor", "240"),
+    ("--min-pixels 9000", "--max-pixels 8000", "change one"): (
+        "image.png",
+        "none",
+        *ASK,
+        "--min-pixels",
+        "9000",
+        "--max-pixels",
+        "8000",
+    ),
+    ("--max-new-tokens", "'0'"): ("image.png", "none", *ASK, "--max-new-tokens", "0"),
+    ("temperature -1.0",): ("image.png", "none", *ASK, "--temperature", "-1"),
+    ("empty", "no config.json"): ("image.png", "none", QUESTION, "--model", "./empty"),
+    ("./nowhere", "no config.json"): ("image.png", "none", QUESTION, "--model", "./nowhere"),
+    ("required: question",): ("image.png", "none"),
+    ("question", "UTF-8"): ("image.png", "none", "broken \udcff", "--model", "model"),
+    ("device 'meta'", "try cpu"): ("image.png", "none", *ASK, "--device", "meta"),
+    ("--sensor", "'00x180'"): ("image.png", "events.npy", *ASK, "--sensor", "00x180"),
+    ("exceed the model's 32768",): ("image.png", "none", *ASK, "--max-new-tokens", "900000000"),
+    ("--max-new-tokens", "999999999"): ("image.png", "none", *ASK, "--max-new-tokens", "1" + "0" * 30),
+    ("~nosuchuser",): ("image.png", "none", QUESTION, "--model", "~nosuchuser/model"),
+    ("device 'abacus'", "try cpu"): ("image.png", "none", *ASK, "--device", "abacus"),
+}
+
+
+@pytest.fixture
+def bad_files(files):
+    """The folder of `files`, with files in it that cannot be used."""
     Path("text.png").write_text("no picture")
     Path("cut.png").write_bytes(Path("image.png").read_bytes()[:5000])
     Path("text.npy").write_text("1 2 3 4")
@@ -407,56 +451,25 @@ def test_every_bad_input_is_one_line_and_status_2(files, capsys):
     np.save("pickled.npy", {"x": 1})
     np.save("wide.npy", np.array([(9, 700, 3, 1)], dtype=[("t", int), ("x", int), ("y", int), ("p", int)]))
     Image.new("RGB", (1, 500)).save("thin.png")
-    ask = (QUESTION, "--model", "model")
-    for words, arguments in {
-        ("nowhere.png", "no such file"): ("nowhere.png", "none", *ask),
-        ("text.png", "give an 8-bit PNG"): ("text.png", "none", *ask),
-        ("cut.png", "truncated"): ("cut.png", "none", *ask),
-        ("empty", "not an image"): ("empty", "none", *ask),
-        ("over 200 : 1", "crop"): ("thin.png", "none", *ask),
-        ("nowhere.npy", ".npz of events, or none"): ("image.png", "nowhere.npy", *ask),
-        ("text.npy", "neither .npy nor .npz"): ("image.png", "text.npy", *ask),
-        ("pickled.npy", "never loaded", "allow_pickle=True"): ("image.png", "pickled.npy", *ask),
-        ("wide.npy", "x 700 to 700", "84 x 112", "--sensor WxH"): ("image.png", "wide.npy", *ask),
-        ("1000 to 1099 us", "--window"): ("image.png", "events.npy", *ask, "--window", "5", "9"),
-        ("window 9 5",): ("image.png", "events.npy", *ask, "--window", "9", "5"),
-        ("sparsity 1.0", "[0, 1)"): ("image.png", "events.npy", *ask, "--sparsity", "1"),
-        ("sparsity -0.1",): ("image.png", "events.npy", *ask, "--sparsity", "-0.1"),
-        ("sparsity nan",): ("image.png", "events.npy", *ask, "--sparsity", "nan"),
-        ("--sparsity", "'half'"): ("image.png", "events.npy", *ask, "--sparsity", "half"),
-        ("--cell", "'pixel'", "group"): ("image.png", "events.npy", *ask, "--cell", "pixel"),
-        ("--sensor", "'240'", "240x180"): ("image.png", "events.npy", *ask, "--sensor", "240"),
-        ("--min-pixels 9000", "--max-pixels 8000", "change one"): (
-            "image.png",
-            "none",
-            *ask,
-            "--min-pixels",
-            "9000",
-            "--max-pixels",
-            "8000",
-        ),
-        ("--max-new-tokens", "'0'"): ("image.png", "none", *ask, "--max-new-tokens", "0"),
-        ("temperature -1.0",): ("image.png", "none", *ask, "--temperature", "-1"),
-        ("empty", "no config.json"): ("image.png", "none", QUESTION, "--model", "./empty"),
-        ("./nowhere", "no config.json"): ("image.png", "none", QUESTION, "--model", "./nowhere"),
-        ("required: question",): ("image.png", "none"),
-        ("question", "UTF-8"): ("image.png", "none", "broken \udcff", "--model", "model"),
-        ("device 'meta'", "try cpu"): ("image.png", "none", *ask, "--device", "meta"),
-        ("--sensor", "'00x180'"): ("image.png", "events.npy", *ask, "--sensor", "00x180"),
-        ("exceed the model's 32768",): ("image.png", "none", *ask, "--max-new-tokens", "900000000"),
-        ("--max-new-tokens", "999999999"): ("image.png", "none", *ask, "--max-new-tokens", "1" + "0" * 30),
-        ("~nosuchuser",): ("image.png", "none", QUESTION, "--model", "~nosuchuser/model"),
-        ("device 'abacus'", "try cpu"): ("image.png", "none", *ask, "--device", "abacus"),
-    }.items():
-        line = refused(capsys, *arguments)
-        assert all(word in line for word in words), (words, line)
     events = np.load("events.npy").astype([("t", "f8"), ("x", "u2"), ("y", "u2"), ("p", "?")])
     events["t"] /= 1e6
     np.save("seconds.npy", events)
-    for option in (("--window", "5", "9"), ("--max-new-tokens", "900000000")):
-        refused(capsys, "image.png", "seconds.npy", *ask, *option)  # an error alone, no warning before it
+
+
+@pytest.mark.parametrize("words, arguments", BAD_INPUT.items(), ids=[" ".join(words) for words in BAD_INPUT])
+def test_every_bad_input_is_one_line_and_status_2(bad_files, capsys, words, arguments):
+    line = refused(capsys, *arguments)
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize("option", [("--window", "5", "9"), ("--max-new-tokens", "900000000")])
+def test_an_error_stands_alone_without_the_warning_before_it(bad_files, capsys, option):
+    refused(capsys, "image.png", "seconds.npy", *ASK, *option)
+
+
+def test_a_broken_checkpoint_is_one_line_and_status_2(files, capsys):
     Path("model/model.safetensors").write_bytes(b"nothing")
-    assert "model.safetensors" in refused(capsys, "image.png", "none", *ask)
+    assert "model.safetensors" in refused(capsys, "image.png", "none", *ASK)
 
 
 def test_an_error_in_a_process_of_its_own_has_no_traceback(files):
