@@ -79,23 +79,16 @@ class EPVLM:
         else the CPU. dtype: a torch.dtype or its name, None the checkpoint's own. Raises ValueError naming a fault."""
         device, dtype = weights.placement(device, dtype)
         folder = weights.fetch(model, revision)
-        path = folder / "config.json"
-        vision, text = weights.read_config(folder)
-        stop = weights.read_ends(folder, text)
-        vision, text = weights.fill(VisionConfig, vision, path), weights.fill(DecoderConfig, text, path)
-        if vision.hidden_size != text.hidden_size:
-            raise ValueError(f"{path}: vision hidden_size {vision.hidden_size} is not the decoder's {text.hidden_size}")
-        tokenizer = weights.read_tokenizer(folder, text.vocab_size, SPECIAL.values())
-        with torch.device("meta"):
-            vit, llm = VisionTransformer(vision), Decoder(text)
-        shapes = {f"visual.{name}": tuple(tensor.shape) for name, tensor in vit.state_dict().items()}
-        shapes |= {name: tuple(tensor.shape) for name, tensor in llm.state_dict().items()}
-        tensors = weights.read_tensors(folder, shapes, text.tie_word_embeddings, dtype, device)
+        vit, llm = build(folder)
+        tokenizer = weights.read_tokenizer(folder, llm.config.vocab_size, SPECIAL.values())
+        shapes = {name: tuple(tensor.shape) for name, tensor in published(vit, llm).items()}
+        tensors = weights.read_tensors(folder, shapes, llm.config.tie_word_embeddings, dtype, device)
         visual = {name.removeprefix("visual."): tensors.pop(name) for name in shapes if name.startswith("visual.")}
         for module, state in ((vit, visual), (llm, tensors)):
             module.load_state_dict(state, assign=True)
             module.requires_grad_(False).eval()
-        return cls(vit, llm, tokenizer, weights.read_image_config(folder, ImageConfig), stop)
+        image_config, stop = weights.read_image_config(folder, ImageConfig), weights.read_ends(folder)
+        return cls(vit, llm, tokenizer, image_config, stop)
 
     def prompt(
         self, image: str | Path | Image.Image, events: str | Path | np.ndarray | Events | None, question: str,
@@ -201,6 +194,21 @@ class EPVLM:
         """X_a of Eq. 4 as text. `options` are those of `prompt`."""
         prompt = self.prompt(image, events, question, **options)
         return "".join(self.stream(prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed))
+
+
+def build(folder: Path) -> tuple[VisionTransformer, Decoder]:
+    """The model that a folder's config.json describes, on the meta device, without weights. Raises ValueError."""
+    path, (vision, text) = folder / "config.json", weights.read_config(folder)
+    vision, text = weights.fill(VisionConfig, vision, path), weights.fill(DecoderConfig, text, path)
+    if vision.hidden_size != text.hidden_size:
+        raise ValueError(f"{path}: vision hidden_size {vision.hidden_size} is not the decoder's {text.hidden_size}")
+    with torch.device("meta"):
+        return VisionTransformer(vision), Decoder(text)
+
+
+def published(vit: VisionTransformer, llm: Decoder) -> dict[str, Tensor]:
+    """Every tensor of the model by its published name."""
+    return {f"visual.{name}": tensor for name, tensor in vit.state_dict().items()} | llm.state_dict()
 
 
 def check_choices(sparsity: float, **chosen: str) -> None:

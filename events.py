@@ -83,13 +83,14 @@ class Events:
         low, high = (math.ceil(low), math.floor(high)) if self.t.dtype.kind in "iu" else (float(low), float(high))
         chosen = (self.t >= low) & (self.t <= high)
         if len(self) and not chosen.any():
-            asked, whole = (
-                " to ".join(f"{v:.3f}".rstrip("0").rstrip(".") for v in w) for w in ((start, end), self.span())
-            )
-            raise ValueError(
-                f"{self.name}: no event from {asked} us, it goes from {whole} us; change --window or --time-unit"
-            )
+            whole = f"it goes from {_interval(*self.span())}; change --window or --time-unit"
+            raise ValueError(f"{self.name}: no event from {_interval(start, end)}, {whole}")
         return Events(self.name, *(column[chosen] for column in (self.x, self.y, self.t, self.p)), self.unit)
+
+
+def _interval(*times: float) -> str:
+    """Times in microseconds with all their digits: "67500 to 87500.5 us"."""
+    return " to ".join(f"{time:.3f}".rstrip("0").rstrip(".") for time in times) + " us"
 
 
 def read_events(source, order: str | None = None, time_unit: str | None = None) -> Events | np.ndarray:
@@ -254,13 +255,14 @@ def event_map(events: Events | np.ndarray, sensor, size, window, polarity: str =
             warnings.warn(f"{told}; if the event camera is smaller, say --sensor WxH", stacklevel=3)
         shown = events if window is None else events.within(*window)
         start, end = window if window is not None else shown.span() if len(shown) else (0, 0)
-        E_v = accumulate(shown, height, width, polarity)
+        E_v, empty = accumulate(shown, height, width, polarity), not len(events)
         source = f"{len(shown)} events in {(end - start) / 1000:.1f} ms"
     else:
-        E_v, source = events, f"an event map of {events.shape[1]} x {events.shape[0]}"
+        E_v, empty = events, not events.any()
+        source = f"an event map of {events.shape[1]} x {events.shape[0]}"
         if window is not None or (sensor and tuple(sensor) != events.shape[::-1]):
             raise ValueError(f"{source} has no times and only its own size; leave --window and --sensor out")
-    if not (len(events) if isinstance(events, Events) else E_v.any()):
+    if empty:
         warnings.warn("the recording holds no events at all; evenly spread cells are kept", stacklevel=3)
     return E_v, source
 

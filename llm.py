@@ -69,8 +69,8 @@ def mrope_positions(before: int, keep: Tensor, after: int) -> Tensor:
     row, column = torch.meshgrid(torch.arange(groups_h), torch.arange(groups_w), indexing="ij")
     image = torch.stack((torch.zeros_like(row), row, column)).flatten(1) + before  # (3, groups_h * groups_w)
     image = pack(image, keep.flatten().cpu(), dim=1)  # as Eq. 8: dense positions, packed
-    text = torch.arange(before), torch.arange(after) + before + max(groups_h, groups_w)
-    return torch.cat((text[0].expand(3, -1), image, text[1].expand(3, -1)), dim=1)
+    head, tail = torch.arange(before), torch.arange(after) + before + max(groups_h, groups_w)
+    return torch.cat((head.expand(3, -1), image, tail.expand(3, -1)), dim=1)
 
 
 def mrope_angles(positions: Tensor, config: DecoderConfig) -> Tensor:

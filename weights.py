@@ -163,12 +163,12 @@ def _fits(value, kind: type) -> bool:
     return isinstance(value, kind) and value > 0
 
 
-def read_ends(folder: Path, text: dict) -> set[int]:
+def read_ends(folder: Path) -> set[int]:
     """The token ids that end an answer: generation_config.json's, else config.json's; one or several."""
     path = folder / "generation_config.json"
     ends = read_json(path, required=False).get("eos_token_id")
     if ends is None:
-        path, ends = folder / "config.json", text.get("eos_token_id")
+        path, ends = folder / "config.json", read_config(folder)[1].get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if not all(type(end) is int for end in ends):
         raise ValueError(f"{path}: eos_token_id is {ends!r}, not token ids; fetch the checkpoint again")
@@ -220,11 +220,10 @@ def read_tensors(folder: Path, shapes: dict[str, tuple], tied: bool, dtype=None,
     place = _places(folder)
     _check(folder, place, shapes, tied)
     dtype = dtype or place[EMBEDDING].dtype
-    maps = {shard.path: _open(shard.path) for shard in place.values()}
     tensors = {}
     for name, entry in place.items():
         as_it_lies = entry.dtype == dtype and torch.device(device).type == "cpu"
-        file = maps[entry.path] if as_it_lies else _open(entry.path)
+        file = entry.file if as_it_lies else _open(entry.path)
         tensors[name] = file.get_tensor(entry.name).to(device=device, dtype=dtype)
     if tied and HEAD in tensors and not torch.equal(tensors.pop(HEAD), tensors[EMBEDDING]):
         raise ValueError(f"{place[HEAD].path}: {HEAD} differs from {EMBEDDING}, config.json ties them; correct one")
@@ -232,10 +231,11 @@ def read_tensors(folder: Path, shapes: dict[str, tuple], tied: bool, dtype=None,
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies: its name as the file spells it, the file, and what the file's header says of it."""
+    """Where a tensor lies: its name as the file spells it, the file, opened, and what its header says of the tensor."""
 
     name: str
     path: Path
+    file: safe_open
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -255,7 +255,7 @@ def _places(folder: Path) -> dict[str, Entry]:
                 published = older + name[len(newer) :] if name.startswith(newer) else published
             if published in places:
                 raise ValueError(f"{path}: {name} is stored already in {places[published].path.name}; remove one")
-            places[published] = Entry(name, path, tuple(header.get_shape()), STORED[kind])
+            places[published] = Entry(name, path, file, tuple(header.get_shape()), STORED[kind])
     return places
 
 
@@ -286,12 +286,12 @@ def _check(folder: Path, places: dict[str, Entry], shapes: dict[str, tuple], tie
     """Raises ValueError at the first tensor that is missing, unexpected or misshapen, and says how many are."""
     if tied and HEAD in places:  # stored although it need not be: accepted if it is the embedding
         shapes = {**shapes, HEAD: shapes[EMBEDDING]}
-    faults = [f"{name} {tuple(shape)} is missing" for name, shape in shapes.items() if name not in places]
+    faults = [f"{name} {shape} is missing" for name, shape in shapes.items() if name not in places]
     faults += [f"{e.path.name}: {e.name} {e.shape} is unexpected" for name, e in places.items() if name not in shapes]
     faults += [
-        f"{e.path.name}: {e.name} has shape {e.shape}, config.json makes it {tuple(shapes[name])}"
+        f"{e.path.name}: {e.name} has shape {e.shape}, config.json makes it {shapes[name]}"
         for name, e in places.items()
-        if name in shapes and e.shape != tuple(shapes[name])
+        if name in shapes and e.shape != shapes[name]
     ]
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""

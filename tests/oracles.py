@@ -7,6 +7,12 @@ from torch import Tensor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
+    """To 1e-4 of the largest magnitude."""
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
 def group_rows(grid: Tensor) -> Tensor:
     """(grid_h, grid_w) to the order (grid_h/2, grid_w/2, 2, 2), by loops."""
     rows = []
@@ -46,9 +52,7 @@ def masked_decoder(theirs, embeddings: Tensor, positions: Tensor, keep: Tensor) 
     """Logits (L kept, vocab) of the dense sequence. embeddings (L, hidden), positions (3, L), keep (L,) bool."""
     length = len(embeddings)
     allowed = torch.ones(length, length, dtype=torch.bool).tril() & keep[None, :]
-    allowed |= torch.eye(
-        length, dtype=torch.bool
-    )  # a dropped query sees itself, else its softmax is 0 / 0; nobody reads it
+    allowed |= torch.eye(length, dtype=torch.bool)  # a dropped query sees itself: softmax of nothing is 0 / 0
     mask = torch.zeros(1, 1, length, length).masked_fill(~allowed, -math.inf)
     hidden = theirs.model.language_model(
         inputs_embeds=embeddings[None], position_ids=positions[:, None], attention_mask=mask, use_cache=False

@@ -15,9 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from llm import Decoder, DecoderConfig
-from vit import VisionConfig, VisionTransformer
-from weights import fill, read_config
+from epvlm import build, published
 
 SIZES = {
     "2B": {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2,
@@ -39,16 +37,6 @@ def config(size: str) -> dict:
                           "hidden_size": SIZES[size]["hidden_size"], "patch_size": 14, "spatial_merge_size": 2,
                           "temporal_patch_size": 2},
     }  # fmt: skip
-
-
-def model_shapes(folder: Path) -> dict[str, tuple]:
-    """Published name -> shape, from this project's own modules."""
-    (vision, text), path = read_config(folder), folder / "config.json"
-    with torch.device("meta"):
-        vit = VisionTransformer(fill(VisionConfig, vision, path))
-        llm = Decoder(fill(DecoderConfig, text, path))
-    shapes = {f"visual.{name}": tuple(t.shape) for name, t in vit.state_dict().items()}
-    return shapes | {name: tuple(t.shape) for name, t in llm.state_dict().items()}
 
 
 def partition(shapes: dict[str, tuple]) -> list[list[str]]:
@@ -77,7 +65,8 @@ def write(size: str, folder: Path, tokenizer: Path) -> None:
     limits = {"min_pixels": 3136, "max_pixels": 12845056, "image_processor_type": "Qwen2VLImageProcessor"}
     (folder / "preprocessor_config.json").write_text(json.dumps(limits))
     shutil.copy(tokenizer, folder / "tokenizer.json")
-    shapes, generator, weight_map = model_shapes(folder), torch.Generator().manual_seed(0), {}
+    shapes = {name: tuple(tensor.shape) for name, tensor in published(*build(folder)).items()}
+    generator, weight_map = torch.Generator().manual_seed(0), {}
     shards = partition(shapes)
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"

@@ -5,12 +5,12 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-SIDES = st.integers(1, 6)
+XYTP = [("x", "<u2"), ("y", "<u2"), ("t", "<i8"), ("p", "<i2")]  # a structured event
 SPARSITIES = st.one_of(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.7, 0.9]), st.floats(0, 0.999))
 
 
 @st.composite
-def group_masks(draw, side=SIDES) -> torch.Tensor:
+def group_masks(draw, side) -> torch.Tensor:
     """A mask by group, (groups_h, groups_w) bool, at least one kept."""
     shape = draw(side), draw(side)
     mask = draw(hnp.arrays(bool, shape))
@@ -36,12 +36,12 @@ def recordings(draw, min_size=0, max_size=60) -> tuple[np.ndarray, tuple[int, in
     )
     rows = draw(st.lists(event, min_size=min_size, max_size=max_size))
     rows.sort(key=lambda row: row[2])
-    return np.array(rows, dtype=[("x", "<u2"), ("y", "<u2"), ("t", "<i8"), ("p", "<i2")]), (width, height)
+    return np.array(rows, dtype=XYTP), (width, height)
 
 
-def motions(elements=None) -> st.SearchStrategy[np.ndarray]:
+def motions() -> st.SearchStrategy[np.ndarray]:
     """S of Eq. 5, (cells_h, cells_w) whole numbers, with many zeros and ties."""
-    elements = elements or st.one_of(st.just(0), st.integers(0, 3), st.integers(0, 10**6))
+    elements = st.one_of(st.just(0), st.integers(0, 3), st.integers(0, 10**6))
     return hnp.arrays(np.float64, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=elements)
 
 

@@ -21,9 +21,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 import epvlm
 from epvlm import EPVLM, main
 from llm import sampler
+from strategies import XYTP
 from vit import smart_resize
 
-XYTP = [("x", "<u2"), ("y", "<u2"), ("t", "<i8"), ("p", "<i2")]
 PROGRAM = Path(epvlm.__file__)
 QUESTION = "What is moving?"
 ASK = (QUESTION, "--model", "model", "--max-new-tokens", "1")

@@ -18,9 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from events import Events, accumulate, budget_mask, event_map, literal_mask, motion, read_events, resize, spread_order
-from strategies import SPARSITIES, motions, recordings, untied_motions
-
-XYTP = [("x", "<u2"), ("y", "<u2"), ("t", "<i8"), ("p", "<i2")]
+from strategies import SPARSITIES, XYTP, motions, recordings, untied_motions
 
 
 def stream(*rows, dtype=XYTP):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from llm import KVCache, mrope_positions
-from oracles import masked_decoder, masked_vision
+from oracles import assert_close, masked_decoder, masked_vision
 from strategies import group_masks, patch_masks
 from vit import packed_patches
 
@@ -42,11 +42,6 @@ def dense_prompt(ours, picture):
     return ours.prompt(picture, None, QUESTION, min_pixels=784)  # one group is allowed
 
 
-def close(ours, theirs, tolerance=1e-4):
-    assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
-
-
 @given(group_masks(st.integers(2, 6)), st.integers(0, 99))
 def test_packed_vit_equals_dense_vit_with_dropped_keys_masked(checkpoint, keep, seed):
     _, theirs, ours = checkpoint
@@ -54,7 +49,7 @@ def test_packed_vit_equals_dense_vit_with_dropped_keys_masked(checkpoint, keep, 
     prompt, dense = prompt_for(ours, picture, keep), dense_prompt(ours, picture)
     assert len(prompt.patches) == 4 * keep.sum()
     with torch.inference_mode():
-        close(
+        assert_close(
             ours.vit(prompt.patches[None], prompt.keep_patches)[0],
             masked_vision(theirs, dense.patches, prompt.keep_patches),
         )
@@ -68,7 +63,7 @@ def test_a_broken_group_enters_the_merger_with_zeros_in_the_missing_slots(checkp
     dense = dense_prompt(ours, picture)
     patches = packed_patches(picture, keep, ours.vit.config, ours.image_config)
     with torch.inference_mode():
-        close(ours.vit(patches[None], keep)[0], masked_vision(theirs, dense.patches, keep))
+        assert_close(ours.vit(patches[None], keep)[0], masked_vision(theirs, dense.patches, keep))
 
 
 @given(patch_masks().filter(lambda keep: keep.numel() > 4))
@@ -95,7 +90,7 @@ def test_packed_decoder_equals_dense_decoder_with_dropped_keys_masked(checkpoint
     with torch.inference_mode():
         embeddings = ours.llm.embed(dense.input_ids)
         embeddings[kept] = ours._embed(prompt)[0]
-    close(ours.logits(prompt), masked_decoder(theirs, embeddings.clone(), dense.position_ids, kept))
+    assert_close(ours.logits(prompt), masked_decoder(theirs, embeddings.clone(), dense.position_ids, kept))
 
 
 @pytest.mark.parametrize("cell", ["group", "patch"])
@@ -130,7 +125,7 @@ def test_cached_decoding_equals_the_full_forward(checkpoint, keep, steps, split)
             *((n, n + 1) for n in range(start.shape[1], whole.shape[1])),
         ]:
             parts.append(ours.llm.logits(ours.llm(whole[:, low:high], positions[:, low:high], cache))[0])
-    close(torch.cat(parts), full)
+    assert_close(torch.cat(parts), full)
     assert full[start.shape[1] - 1 : -1].argmax(-1).tolist() == tokens
 
 

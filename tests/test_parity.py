@@ -10,6 +10,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 import tiny
 from epvlm import EPVLM
+from oracles import assert_close
 
 TEXTS = {
     "latin": "What is moving?",
@@ -50,11 +51,6 @@ def reference(theirs, image, tokens: Tokenizer, question: str, folder) -> dict:
     return {"input_ids": ids, "mm_token_type_ids": types, **out}
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    assert ours.shape == theirs.shape
-    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
-
-
 @torch.no_grad()
 def assert_parity(folder, theirs, ours: EPVLM, image, question="What is moving?"):
     prompt = ours.prompt(image, None, question)
@@ -62,12 +58,12 @@ def assert_parity(folder, theirs, ours: EPVLM, image, question="What is moving?"
     assert prompt.input_ids.tolist() == given["input_ids"][0].tolist()
     assert torch.equal(prompt.patches, given["pixel_values"])  # not one pixel differs
     features = theirs.model.visual(given["pixel_values"], given["image_grid_thw"]).pooler_output
-    close(ours.vit(prompt.patches[None], prompt.keep_patches)[0], features)
+    assert_close(ours.vit(prompt.patches[None], prompt.keep_patches)[0], features)
     positions, _ = theirs.model.get_rope_index(
         given["input_ids"], given["mm_token_type_ids"], image_grid_thw=given["image_grid_thw"]
     )
     assert torch.equal(prompt.position_ids, positions[:, 0])
-    close(ours.logits(prompt), theirs(**given).logits[0])
+    assert_close(ours.logits(prompt), theirs(**given).logits[0])
     generated = theirs.generate(**given, max_new_tokens=8, do_sample=False)[0, given["input_ids"].shape[1] :]
     assert list(ours.tokens(prompt, 8)) == generated.tolist()
 

@@ -14,21 +14,12 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 import weights
-from epvlm import EPVLM
-from llm import Decoder, DecoderConfig
-from vit import ImageConfig, VisionConfig, VisionTransformer
+from epvlm import EPVLM, build, published
+from llm import DecoderConfig
+from vit import ImageConfig, VisionConfig
 from weights import FILES, fetch, fill, read_config, read_image_config, read_json, read_tensors
 
 PARAMETERS = {"2B": 2_208_985_600, "7B": 8_291_375_616, "72B": 73_405_560_320}
-
-
-def built(folder) -> dict[str, torch.Tensor]:
-    """Every tensor of the model a config.json describes, on the meta device, by published name."""
-    vision, text = read_config(folder)
-    with torch.device("meta"):
-        vit = VisionTransformer(fill(VisionConfig, vision, folder / "config.json"))
-        llm = Decoder(fill(DecoderConfig, text, folder / "config.json"))
-    return {f"visual.{name}": tensor for name, tensor in vit.state_dict().items()} | llm.state_dict()
 
 
 def logits(folder, **options):
@@ -55,13 +46,13 @@ def rewrite(folder, change):
 @pytest.mark.parametrize("size", PARAMETERS)
 def test_published_settings_give_the_published_parameters(data, tmp_path, size, layout):
     shutil.copy(data / "qwen2-vl" / "layouts" / f"{layout}_{size}.json", tmp_path / "config.json")
-    assert sum(tensor.numel() for tensor in built(tmp_path).values()) == PARAMETERS[size]
+    assert sum(tensor.numel() for tensor in published(*build(tmp_path)).values()) == PARAMETERS[size]
 
 
 def test_names_are_those_of_the_published_index(data):
     folder = data / "qwen2-vl" / "2B-Instruct"
     names = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    assert set(built(folder)) == set(names) and len(names) == 729
+    assert set(published(*build(folder))) == set(names) and len(names) == 729
 
 
 def test_a_flat_file_that_relies_on_defaults(tmp_path):
@@ -72,7 +63,7 @@ def test_a_flat_file_that_relies_on_defaults(tmp_path):
     vision = {"model_type": "qwen2_vl", "in_chans": 3, "spatial_patch_size": 14}
     config = {"model_type": "qwen2_vl", **text, "rope_scaling": scaling, "vision_config": vision}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert sum(tensor.numel() for tensor in built(tmp_path).values()) == PARAMETERS["7B"]
+    assert sum(tensor.numel() for tensor in published(*build(tmp_path)).values()) == PARAMETERS["7B"]
 
 
 def test_all_layouts_read_the_same(checkpoint, tmp_path):
@@ -297,7 +288,7 @@ def test_a_tokenizer_without_the_special_tokens_is_named(copied):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
 def test_tensors_are_used_where_the_file_is_mapped(copied):
-    shapes = {name: tuple(tensor.shape) for name, tensor in built(copied).items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in published(*build(copied)).items()}
     tensors = read_tensors(copied, shapes, tied=True)
     maps = Path("/proc/self/maps").read_text().splitlines()
     ranges = [line.split()[0] for line in maps if line.endswith("copy/model.safetensors")]
