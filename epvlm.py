@@ -37,9 +37,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import weights
-from events import MICROSECONDS, Events, budget_mask, event_map, literal_mask, motion, read_events, resize
+from events import MICROSECONDS, Events, budget_mask, event_map, literal_mask, motion, read_events, read_image, resize
 from llm import Decoder, DecoderConfig, generate, mrope_positions, sampler
-from vit import ImageConfig, VisionConfig, VisionTransformer, packed_patches, read_image, smart_resize
+from vit import ImageConfig, VisionConfig, VisionTransformer, packed_patches, smart_resize
 
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 CHOICES = {"cell": ("group", "patch"), "ties": ("exact", "literal"), "polarity": ("count", "signed")}

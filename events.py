@@ -1,4 +1,8 @@
-"""From an event camera's recording to the mask: which cells of the image move most.
+"""From an event camera's recording to the mask: which cells of the image move most. And, where there is no such camera,
+a model of one that makes the recording from images:
+
+    python events.py frame.png -o events.npy
+    python events.py a.png b.png c.png --fps 30 -o events.npy
 
 Equations: 5 (motion of a cell), 6 (the mask; as printed, and with an exact budget).
 
@@ -9,20 +13,26 @@ Glossary
     S                (cells_h, cells_w), Eq. 5: L1 norm of E_v in each cell
     tau              fraction kept, as in Eq. 6; `sparsity` = 1 - tau is the fraction dropped, as in Table 1
     mask             (cells_h, cells_w) bool, Eq. 6's M_v^E: True keeps, False drops
+    L, C             log intensity of a pixel, and the change of it that makes an event: the camera's contrast threshold
 
 What differs from the paper: events are counted whatever their polarity unless asked otherwise (signed sums cancel where
 a pixel flickers), and ties at the quantile are broken so that the budget is met. Most cells of a real map hold no event
 at all; Eq. 6 as printed then keeps every one of them.
 """
 
+import argparse
 import math
+import os
+import sys
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageOps
 
 ALIASES = {
     "x": ("x", "x_pos", "xs"),
@@ -31,6 +41,8 @@ ALIASES = {
     "p": ("p", "polarity", "polarities", "pol", "ps"),
 }
 MICROSECONDS = {"s": Fraction(10**6), "ms": Fraction(10**3), "us": Fraction(1), "ns": Fraction(1, 1000)}
+LUMA = np.array([0.299, 0.587, 0.114])  # of RGB, ITU-R BT.601
+LINEAR = 20  # luma below which the camera's response is linear
 CONVERT = (
     'a pickled object, which is never loaded; if you trust it, convert it: python -c "import numpy as np; '
     "d = np.load('{0}', allow_pickle=True); d = d.item() if getattr(d, 'shape', 1) == () else d; "
@@ -318,3 +330,159 @@ def spread_order(cells_h: int, cells_w: int) -> np.ndarray:
     for bit in range((max(cells_h, cells_w) - 1).bit_length()):  # the lowest bit of a coordinate decides most
         rank = 4 * rank + 2 * ((row ^ column) >> bit & 1) + (row >> bit & 1)
     return rank
+
+
+def read_image(image: str | Path | Image.Image) -> Image.Image:
+    """An image file or a PIL image of any mode, upright, as 8-bit RGB.
+
+    Transparency is laid on white, 16-bit grey is scaled to 8 bits. ValueError names a file that is no whole image.
+    """
+    name = "the image" if isinstance(image, Image.Image) else str(image)
+    try:
+        image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
+        if image.mode.startswith("I"):  # 16 bits of grey; some formats open as 32
+            grey = np.asarray(image)
+            if image.mode == "I" and not (grey.min() >= 0 and 255 < grey.max() <= 65535):
+                raise ValueError("grey of unknown range")
+            image = Image.fromarray((grey // 257).astype(np.uint8))
+        if image.mode == "F":
+            raise ValueError("grey of unknown range")
+        if image.mode.endswith(("A", "a")) or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except FileNotFoundError:
+        raise ValueError(f"{name}: no such file; give the path of an image") from None
+    except Exception as error:  # Pillow's readers raise of many kinds
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name}: not an image that can be read ({reason}); give an 8-bit PNG or JPEG") from None
+
+
+def log_intensity(frame: np.ndarray) -> np.ndarray:
+    """A pixel's response to light: frame (H, W, 3) RGB or (H, W) luma, 0 to 255; returns (H, W) float64.
+    The logarithm above LINEAR, below it a straight line through the origin, as v2e: dark pixels are noise."""
+    luma = frame @ LUMA if frame.ndim == 3 else frame.astype(np.float64)
+    return np.where(luma > LINEAR, np.log(np.maximum(luma, LINEAR)), luma * (math.log(LINEAR) / LINEAR))
+
+
+def camera(
+    frames: Iterable[tuple[float, np.ndarray]], C: float = 0.2, spread: float = 0.0, noise: float = 0.0, seed: int = 0
+) -> Events:
+    """The events an ideal event camera would see, in order of time.
+
+    frames: (time in microseconds, frame as in `log_intensity`), two or more. A pixel remembers the level of its last
+    event and sends one at each further C that its log intensity, linear between frames, rises (p = 1) or falls (p = 0).
+    spread: standard deviation of C among pixels, for either polarity. noise: events per pixel and second that mean
+    nothing. Raises ValueError. Example, C = 0.2, log intensity 0 to 0.5 in 100 us: events at 40 and 80 us.
+    """
+    if not (C > 0 and spread >= 0 and noise >= 0 and max(C, spread, noise) < math.inf):
+        raise ValueError(f"threshold {C} must be above 0, spread {spread} and noise {noise} 0 or more")
+    rng, found, level, last = np.random.default_rng(seed), [], None, None
+    for time, frame in frames:
+        L = log_intensity(frame)
+        if level is None:
+            first, level = time, L
+            thresholds = [np.maximum(rng.normal(C, spread, L.shape), C / 10) for _ in ("on", "off")]
+        elif L.shape != level.shape or time <= last[0]:
+            was = f"{level.shape[::-1]} pixels at {last[0]:g} us"
+            raise ValueError(f"a frame of {L.shape[::-1]} pixels at {time:g} us follows one of {was}")
+        else:
+            for p, step in ((1, thresholds[0]), (0, -thresholds[1])):
+                *crossings, level = _crossings(level, step, last, (time, L))
+                found.append((*crossings, np.full(len(crossings[0]), p)))
+        last = time, L
+    if not found:
+        raise ValueError("an event camera needs two frames or more")
+    if noise:
+        height, width = level.shape
+        n = rng.poisson(noise * height * width * (time - first) / 1e6)
+        place, when = rng.integers(0, [[width], [height]], (2, n)), rng.uniform(first, time, n)
+        found.append((*place, when, rng.integers(0, 2, n)))
+    x, y, t, p = (np.concatenate(column) for column in zip(*found, strict=True))
+    order, t = np.argsort(t, kind="stable"), np.rint(t).astype(np.int64)
+    return Events("the event camera", *(column[order] for column in (x, y, t, p)), "us")
+
+
+def _crossings(level, step, last, now):
+    """x, y and time of every crossing of level + step, level + 2 step, ... between two frames, and the level reached.
+
+    level, step (H, W); last and now are (time, log intensity (H, W)).
+    """
+    (start, before), (end, after) = last, now
+    crossed = np.floor((after - level) / step + 1e-9).clip(0).astype(np.int64)  # to reach a level is to cross it
+    y, x = crossed.nonzero()
+    count = crossed[y, x]
+    nth = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count) + 1  # 1, 2, ... for each pixel
+    y, x = np.repeat(y, count), np.repeat(x, count)
+    part = (level[y, x] + nth * step[y, x] - before[y, x]) / (after[y, x] - before[y, x])
+    return x, y, start + part * (end - start), level + crossed * step
+
+
+def saccade(image: np.ndarray, radius: float = 2.0, duration: float = 100_000) -> Iterator[tuple[float, np.ndarray]]:
+    """Frames for `camera` from a still image (H, W, 3): its luma, moved once around an equilateral triangle about its
+    true place, `radius` pixels from it at the corners, by at most half a pixel a frame; `duration` in microseconds."""
+    luma, margin = image @ LUMA, math.ceil(radius) + 1
+    padded = np.pad(luma, margin, mode="edge")
+    corners = radius * np.exp(2j * np.pi * np.arange(4) / 3 + 0.5j * np.pi)
+    steps = 3 * max(1, math.ceil(2 * 3**0.5 * radius))
+    for step in range(steps + 1):
+        side, part = divmod(3 * step / steps, 1)
+        place = corners[int(side)] + (part * (corners[int(side) + 1] - corners[int(side)]) if part else 0)
+        (row, down), (column, right) = (divmod(margin - shift, 1) for shift in (place.imag, place.real))
+        rows = slice(int(row), int(row) + len(luma) + 1), slice(int(column), int(column) + luma.shape[1] + 1)
+        shown = padded[rows]
+        shown = (1 - down) * shown[:-1] + down * shown[1:]
+        yield duration * step / steps, (1 - right) * shown[:, :-1] + right * shown[:, 1:]
+
+
+def save_events(events: Events, path: Path) -> None:
+    """A structured .npy with fields x, y, t, p, written beside and renamed, so that `path` is never half a file."""
+    rows = np.empty(len(events), [("x", "<i4"), ("y", "<i4"), ("t", "<i8"), ("p", "u1")])
+    for column in rows.dtype.names:
+        rows[column] = getattr(events, column)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("wb") as file:
+            np.save(file, rows)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def run(args: argparse.Namespace) -> None:
+    """The command line's work: images in, a recording out."""
+    images = [np.asarray(read_image(path)) for path in args.images]
+    if len(images) == 1:
+        frames = saccade(images[0], args.radius)
+    else:
+        frames = ((1e6 * number / args.fps, image) for number, image in enumerate(images))
+    events = camera(frames, args.threshold, args.spread, args.noise, args.seed)
+    save_events(events, args.output)
+    print(f"wrote {len(events)} events to {args.output}", file=sys.stderr)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Makes a recording of a still image or of frames; returns the exit status as epvlm.py's main does."""
+    parser = argparse.ArgumentParser("events", description="An ideal event camera: images to a recording.")
+    add = parser.add_argument
+    add("images", nargs="+", help="one image, which a small saccade moves, or the frames of a movie")
+    add("-o", "--output", type=Path, required=True, help="the recording, .npy")
+    add("--fps", type=float, default=30.0, help="frames a second (default: %(default)s)")
+    add("--radius", type=float, default=2.0, help="of a single image's saccade, in pixels (default: %(default)s)")
+    add("--threshold", type=float, default=0.2, help="C, in log intensity (default: %(default)s)")
+    add("--spread", type=float, default=0.0, help="standard deviation of C among pixels (default: %(default)s)")
+    add("--noise", type=float, default=0.0, help="meaningless events a pixel and second (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of spread and noise (default: %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"events: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,12 +17,11 @@ patch kept it is plain Qwen2-VL. Module names are the published tensor names.
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 from rope2d import cos_sin, group_order, pack, rope_2d, rotate
@@ -60,32 +59,6 @@ class VisionConfig:
     def __post_init__(self):
         if self.embed_dim % (4 * self.num_heads):
             raise ValueError(f"vision embed_dim {self.embed_dim} is no multiple of 4 x {self.num_heads} heads")
-
-
-def read_image(image: str | Path | Image.Image) -> Image.Image:
-    """An image file or a PIL image of any mode, upright, as 8-bit RGB.
-
-    Transparency is laid on white, 16-bit grey is scaled to 8 bits. ValueError names a file that is no whole image.
-    """
-    name = "the image" if isinstance(image, Image.Image) else str(image)
-    try:
-        image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
-        if image.mode.startswith("I"):  # 16 bits of grey; some formats open as 32
-            grey = np.asarray(image)
-            if image.mode == "I" and not (grey.min() >= 0 and 255 < grey.max() <= 65535):
-                raise ValueError("grey of unknown range")
-            image = Image.fromarray((grey // 257).astype(np.uint8))
-        if image.mode == "F":
-            raise ValueError("grey of unknown range")
-        if image.mode.endswith(("A", "a")) or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"{name}: no such file; give the path of an image") from None
-    except Exception as error:  # Pillow's readers raise of many kinds
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{name}: not an image that can be read ({reason}); give an 8-bit PNG or JPEG") from None
 
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:

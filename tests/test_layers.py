@@ -13,7 +13,8 @@ import llm
 import rope2d
 import vit
 from epvlm import EPVLM
-from vit import VisionConfig, VisionTransformer, read_image, smart_resize
+from events import read_image
+from vit import VisionConfig, VisionTransformer, smart_resize
 
 
 def test_angles_are_rounded_only_after_the_cosine():
