@@ -118,7 +118,7 @@ class EPVLM:
             M = torch.from_numpy((budget_mask if ties == "exact" else literal_mask)(S, tau=1 - sparsity))  # Eq. 6
             keep_patches = M.repeat_interleave(merge, 0).repeat_interleave(merge, 1) if cell == "group" else M
         keep = keep_patches.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).any(dim=3).any(dim=1)  # by group
-        before, after = self._text(question)
+        before, after = self.text_ids(question)
         input_ids = torch.tensor(before + [self.special["image_pad"]] * int(keep.sum()) + after)
         positions = mrope_positions(len(before), keep, len(after))
         patches = packed_patches(image, keep_patches, config, self.image_config)  # Eq. 7
@@ -129,7 +129,7 @@ class EPVLM:
         if tokens > limit:
             raise ValueError(f"{math.ceil(tokens)} tokens {what} exceed the model's {limit}; {remedy}")
 
-    def _text(self, question: str) -> tuple[list[int], list[int]]:
+    def text_ids(self, question: str) -> tuple[list[int], list[int]]:
         """Token ids before and after the image. Special tokens are put in by id; a question that spells one is text."""
 
         def ids(text: str) -> list[int]:

@@ -1,5 +1,6 @@
 """The event-camera model of events.py against a loop over every pixel, and its command line."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,10 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from PIL import Image
 
 import events
-from events import accumulate, camera, log_intensity, main, read_events, saccade
+from events import accumulate, camera, log_intensity, saccade
 
 
 @st.composite
@@ -35,7 +35,7 @@ def slow_camera(movie, C):
     for y in range(height):
         for x in range(width):
             level = slow_log(movie[0][1][y, x])
-            for (start, before), (end, after) in zip(movie, movie[1:], strict=False):
+            for (start, before), (end, after) in itertools.pairwise(movie):
                 a, b = slow_log(before[y, x]), slow_log(after[y, x])
                 while abs(b - level) >= C * (1 - 1e-9):
                     level += math.copysign(C, b - level)

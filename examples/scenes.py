@@ -1,0 +1,271 @@
+"""Scenes made up from a seed: things of a colour and a shape before a textured background, some moving, some still.
+
+Each scene gives an RGB frame, the events an ideal camera records while the moving things move, and questions with short
+answers. Training scenes have the seeds from TRAIN on, held-out scenes those below.
+
+    python examples/scenes.py 7 --image scene.png --events events.npy
+
+writes held-out scene 7 and prints its questions.
+
+Glossary
+    thing            a circle, square, triangle or cross; x, y its centre, size its width, all in pixels of the frame
+    frame            time 0 is the frame that is shown; the motion before it (times -1 to 0) makes the events
+    moving           of a question: True if all the things it needs move, False if all stand still, else None
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from events import Events, camera, save_events
+
+TRAIN = 1_000_000  # the first seed of a training scene
+COLOURS = {
+    "red": (205, 40, 40),
+    "green": (40, 165, 60),
+    "blue": (50, 70, 215),
+    "yellow": (225, 205, 50),
+    "purple": (160, 55, 190),
+    "cyan": (60, 195, 205),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+SIDES = (4, 8)  # the frame's smallest and largest side, in groups of 28 pixels
+KINDS = ("colour", "shape", "place", "count", "relation")
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+
+
+@dataclass(frozen=True)
+class Thing:
+    shape: str
+    colour: str
+    x: float
+    y: float
+    size: float
+    velocity: tuple[float, float]  # pixels from time -1 to 0; (0, 0) stands still
+    texture: int  # seed
+
+    @property
+    def moves(self) -> bool:
+        return self.velocity != (0, 0)
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+@dataclass(frozen=True)
+class Question:
+    text: str
+    answer: str
+    kind: str  # colour, shape, place, count or relation
+    moving: bool | None
+
+
+@dataclass(frozen=True)
+class Scene:
+    height: int
+    width: int
+    things: tuple[Thing, ...]
+    texture: int  # seed
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+
+def scene(seed: int, least: int = 2, most: int = 4, size: tuple[int, int] | None = None) -> Scene:
+    """The scene of a seed, with `least` to `most` things; with two or more, some move and some stand still.
+
+    size: (height, width) in pixels, drawn unless given.
+    """
+    rng = np.random.default_rng(seed)
+    height, width = size or (28 * int(side) for side in rng.integers(SIDES[0], SIDES[1] + 1, 2))
+    while True:  # until the things have found room
+        places = _places(rng, height, width, int(rng.integers(least, most + 1)))
+        if places:
+            break
+    names = _names(rng, len(places))
+    moving = rng.permutation(np.arange(len(places)) < rng.integers(1, max(2, len(places))))
+    things = []
+    for (x, y, size), (colour, shape), moves in zip(places, names, moving, strict=True):
+        angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(4, 8) * bool(moves)
+        velocity = (float(speed * np.cos(angle)), float(speed * np.sin(angle))) if moves else (0, 0)
+        things.append(Thing(shape, colour, x, y, size, velocity, int(rng.integers(2**31))))
+    return Scene(height, width, tuple(things), int(rng.integers(2**31)))
+
+
+def _places(rng, height: int, width: int, count: int) -> list[tuple[float, float, float]]:
+    """Centres and sizes of things that do not touch, also while they move; none if some find no room."""
+    placed: list[tuple[float, float, float]] = []
+    for _ in range(60):
+        size = rng.uniform(0.30, 0.42) * min(height, width)
+        margin = size / 2 + 2
+        x, y = rng.uniform(margin, width - margin), rng.uniform(margin, height - margin)
+        if all(max(abs(x - u), abs(y - v)) > (size + other) / 2 + 4 for u, v, other in placed):
+            placed.append((x, y, size))
+        if len(placed) == count:
+            return placed
+    return []
+
+
+def _names(rng, count: int) -> list[tuple[str, str]]:
+    """Colour and shape of each thing: no pair twice, but a colour or a shape alone is often shared."""
+    names: list[tuple[str, str]] = []
+    while len(names) < count:
+        colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
+        if names and rng.random() < 0.5:
+            shared = names[rng.integers(len(names))]
+            colour, shape = (shared[0], shape) if rng.random() < 0.5 else (colour, shared[1])
+        if (colour, shape) not in names:
+            names.append((colour, shape))
+    return names
+
+
+def render(scene: Scene, time: float = 0.0) -> np.ndarray:
+    """The scene at a time from -1 to 0, (height, width, 3) uint8."""
+    rng = np.random.default_rng(scene.texture)
+    base, tint = rng.uniform(50, 110), rng.uniform(-8, 8, 3)
+    image = base + tint + 30 * _noise(rng, scene.height, scene.width, 12)[:, :, None]
+    for thing in scene.things:
+        _draw(image, thing, time)
+    return np.clip(image + 0.5, 0, 255).astype(np.uint8)
+
+
+def record(scene: Scene) -> Events:
+    """The events of the motion that ends in the shown frame: nine frames in 40 ms."""
+    return camera((40_000 * k / 8, render(scene, k / 8 - 1)) for k in range(9))
+
+
+def _noise(rng, height: int, width: int, cell: float) -> np.ndarray:
+    """Smooth noise from -1 to 1 with lumps of about `cell` pixels, (height, width)."""
+    coarse = rng.uniform(-1, 1, (int(height / cell) + 3, int(width / cell) + 3)).astype(np.float32)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def _draw(image: np.ndarray, thing: Thing, time: float) -> None:
+    """Paints a thing with smooth edges; its texture moves with it."""
+    rng = np.random.default_rng(thing.texture)
+    reach = int(thing.size / 2 + 3)
+    lumps = 1 + 0.2 * _noise(rng, 2 * reach + 8, 2 * reach + 8, 7)
+    shade = np.array(COLOURS[thing.colour]) * rng.uniform(0.85, 1.15)
+    x, y = thing.x + thing.velocity[0] * time, thing.y + thing.velocity[1] * time
+    top, left = max(0, int(y) - reach), max(0, int(x) - reach)
+    window = image[top : int(y) + reach + 1, left : int(x) + reach + 1]
+    rows, columns = np.indices(window.shape[:2])
+    down, right = rows + top - y, columns + left - x
+    cover = np.clip(0.5 - _distance(thing.shape, right, down, thing.size / 2), 0, 1)[:, :, None]
+    texture = _sample(lumps, down + reach + 4, right + reach + 4)[:, :, None]
+    window[:] = (1 - cover) * window + cover * shade * texture
+
+
+def _sample(texture: np.ndarray, row: np.ndarray, column: np.ndarray) -> np.ndarray:
+    """Values of a texture between its pixels, bilinear; row and column of equal shape, inside."""
+    i, j = row.astype(int), column.astype(int)
+    a, b = row - i, column - j
+    upper = (1 - b) * texture[i, j] + b * texture[i, j + 1]
+    lower = (1 - b) * texture[i + 1, j] + b * texture[i + 1, j + 1]
+    return (1 - a) * upper + a * lower
+
+
+def _distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
+    """Signed distance in pixels to the outline of a shape of half-width r around (0, 0), negative inside."""
+    if shape == "circle":
+        return np.hypot(x, y) - r
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) - 0.88 * r
+    if shape == "triangle":  # upright, its base at the bottom
+        return np.maximum(y - 0.8 * r, (1.8 * abs(x) - y - r) / (1 + 1.8**2) ** 0.5)
+    arm = 0.3 * r  # cross
+    return np.minimum(np.maximum(abs(x) - arm, abs(y) - r), np.maximum(abs(x) - r, abs(y) - arm))
+
+
+def questions(scene: Scene) -> list[Question]:
+    """All the questions that a scene answers without doubt."""
+    found: list[Question] = []
+
+    def ask(kind: str, text: str, answer: str, *needed: Thing) -> None:
+        kinds = {thing.moves for thing in needed}
+        found.append(Question(text, answer, kind, kinds.pop() if len(kinds) == 1 else None))
+
+    for shape in SHAPES:
+        alike = [thing for thing in scene.things if thing.shape == shape]
+        ask("count", f"how many {plural(shape)} are there?", str(len(alike)), *alike)
+    for colour in COLOURS:
+        alike = [thing for thing in scene.things if thing.colour == colour]
+        ask("count", f"how many {colour} things are there?", str(len(alike)), *alike)
+    for thing in scene.things:
+        if sum(other.shape == thing.shape for other in scene.things) == 1:
+            ask("colour", f"what colour is the {thing.shape}?", thing.colour, thing)
+        if sum(other.colour == thing.colour for other in scene.things) == 1:
+            ask("shape", f"what shape is the {thing.colour} thing?", thing.shape, thing)
+        for text, low, high, place in (
+            ("left or right", "left", "right", thing.x / scene.width),
+            ("high or low", "high", "low", thing.y / scene.height),
+        ):
+            if not 1 / 3 < place < 2 / 3:
+                ask("place", f"is the {thing.name} {text}?", low if place < 0.5 else high, thing)
+        for relation, direction in RELATIONS.items():
+            other = _only(scene, thing, direction)
+            if other:
+                ask("relation", f"what is {relation} the {thing.name}?", other.name, thing, other)
+    return found
+
+
+def choose(everything: list[Question], limit: int, seed: int = 0) -> list[Question]:
+    """Up to `limit` of a scene's questions: kinds in turn, and of a kind its answers in turn, so that none is rare."""
+    rng = np.random.default_rng(seed)
+    shuffled = [everything[k] for k in rng.permutation(len(everything))]
+    kinds: dict[str, list[Question]] = {str(kind): [] for kind in rng.permutation(KINDS)}
+    for kind in kinds:
+        answers: dict[str, list[Question]] = {}
+        for question in shuffled:
+            if question.kind == kind:
+                answers.setdefault(question.answer, []).append(question)
+        kinds[kind] = _in_turn(answers.values())
+    return _in_turn(kinds.values())[:limit]
+
+
+def _in_turn(lists) -> list[Question]:
+    """The first of every list, then the second of every list, and so on."""
+    return [item for turn in zip_longest(*lists) for item in turn if item]
+
+
+def plural(shape: str) -> str:
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def _only(scene: Scene, thing: Thing, direction: tuple[int, int]) -> Thing | None:
+    """The one thing that stands clearly in a direction from another; None if there are several, or one is in doubt."""
+    ahead = {
+        other: direction[0] * (other.x - thing.x) + direction[1] * (other.y - thing.y)
+        for other in scene.things
+        if other is not thing
+    }
+    clear = [other for other, distance in ahead.items() if distance > 0.3 * max(thing.size, other.size)]
+    doubt = [other for other, distance in ahead.items() if other not in clear and distance > -0.1 * thing.size]
+    return clear[0] if len(clear) == 1 and not doubt else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Writes a scene's frame and events, and prints its questions.")
+    parser.add_argument("seed", type=int, help=f"of the scene; below {TRAIN} it is a held-out one")
+    parser.add_argument("--image", type=Path, default=Path("scene.png"))
+    parser.add_argument("--events", type=Path, default=Path("events.npy"))
+    args = parser.parse_args()
+    made = scene(args.seed)
+    Image.fromarray(render(made)).save(args.image)
+    save_events(record(made), args.events)
+    moving = {True: "moving", False: "still", None: "moving and still, or nothing"}
+    for question in questions(made):
+        print(f"{question.text}  {question.answer}  ({question.kind}, {moving[question.moving]})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""Trains the tiny Qwen2-VL of examples/tiny from scratch on the scenes of scenes.py: dense, nothing is ever dropped.
+
+    python examples/train_tiny.py RUN_FOLDER
+
+It goes on from RUN_FOLDER/state.pt if that is there, so it may be interrupted at any time. RUN_FOLDER/log.txt tells the
+accuracy by kind of question, on scenes not seen before; RUN_FOLDER/model holds the checkpoint, renewed with the state.
+
+The curriculum starts with one thing in a scene and adds things when every kind of question is LEARNED: with several
+from the start, which colour belongs to which shape is not learned in thousands of steps. A batch is images of one size,
+the size changes from step to step; an image is read once, and each of its questions sees it but no other question.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import defaultdict, deque
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import scenes
+from epvlm import EPVLM, build, published
+from llm import mrope_positions
+from vit import ImageConfig, packed_patches
+
+BATCH, QUESTIONS = 16, 8  # images of a step, questions of an image
+WARM_UP, COOL_DOWN = 200, 0.3  # steps, and the last part of all steps: the learning rate rises, and falls to zero
+STAGES = [(1, 1), (2, 2), (2, 3), (2, 4)]  # least and most things in a scene
+LEARNED = {"colour": 0.90, "shape": 0.80, "place": 0.90, "count": 0.90, "relation": 0.60}  # opens the next stage
+NAMES = ["endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start",
+         "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]  # fmt: skip
+VISION = {"depth": 4, "embed_dim": 128, "hidden_size": 128, "num_heads": 4, "mlp_ratio": 4, "in_chans": 3,
+          "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}  # fmt: skip
+
+
+def tokenizer() -> Tokenizer:
+    """Byte-level BPE as Qwen2's, in which each word of the questions is one token; any other text goes byte by byte."""
+    made = Tokenizer(models.BPE())
+    made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    text = ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
+    for seed in range(300):
+        text += [part for q in scenes.questions(scenes.scene(scenes.TRAIN + seed)) for part in (q.text, q.answer)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(text, trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False))
+    made.add_special_tokens([AddedToken(f"<|{name}|>", special=True, normalized=False) for name in NAMES])
+    return made
+
+
+def settings(tokens: Tokenizer) -> dict:
+    """config.json in its published form."""
+    ids = {name: tokens.token_to_id(f"<|{name}|>") for name in NAMES}
+    return {
+        "architectures": ["Qwen2VLForConditionalGeneration"],
+        "model_type": "qwen2_vl",
+        "vocab_size": tokens.get_vocab_size(),
+        "hidden_size": VISION["hidden_size"],
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "max_position_embeddings": 1024,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 20.0,  # rows and columns have the slow frequencies: a large base would hardly turn them
+        "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "torch_dtype": "float32",
+        "bos_token_id": None,
+        "eos_token_id": ids["im_end"],
+        "vision_start_token_id": ids["vision_start"],
+        "vision_end_token_id": ids["vision_end"],
+        "vision_token_id": ids["vision_pad"],
+        "image_token_id": ids["image_pad"],
+        "video_token_id": ids["video_pad"],
+        "vision_config": VISION,
+    }
+
+
+def begin(folder: Path) -> EPVLM:
+    """The model with random weights; its settings and tokenizer are written into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens, images = tokenizer(), ImageConfig(max_pixels=224 * 224)
+    tokens.save(str(folder / "tokenizer.json"))
+    limits = {"min_pixels": images.min_pixels, "max_pixels": images.max_pixels}
+    for name, content in (("config", settings(tokens)), ("preprocessor_config", limits)):
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+    vit, llm = build(folder)
+    torch.manual_seed(0)
+    for part in (vit, llm):
+        part.to_empty(device="cpu")
+        for module in part.modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            elif hasattr(module, "weight"):  # RMSNorm
+                torch.nn.init.ones_(module.weight)
+    torch.nn.init.normal_(llm.model["embed_tokens"].weight, std=0.02)  # learns several times faster than with 1
+    return EPVLM(vit, llm, tokens, images, {tokens.token_to_id("<|im_end|>")})
+
+
+class Shared:
+    """In place of llm.KVCache: the keys and values of a batch of images, then seen by each of their questions."""
+
+    def __init__(self):
+        self.stored, self.filled = [], 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.filled:
+            self.stored.append((k, v))
+            return k, v
+        images = (part.repeat_interleave(len(k) // len(part), 0) for part in self.stored[layer])
+        return tuple(torch.cat(parts, 2) for parts in zip(images, (k, v), strict=True))
+
+
+def ask(model: EPVLM, questions: list[scenes.Question]) -> tuple[list[int], Tensor, Tensor]:
+    """Token ids before the image; of each question what comes after it, the answer and its end included, padded to
+    (questions, L) int64; and where the answer stands, (questions, L) bool."""
+    rows = []
+    for question in questions:
+        before, after = model.text_ids(question.text)
+        rows.append((after, [*model.tokenizer.encode(question.answer).ids, model.special["im_end"]]))
+    ids = torch.zeros(len(rows), max(len(after + answer) for after, answer in rows), dtype=torch.int64)
+    wanted = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, (after, answer) in enumerate(rows):
+        ids[row, : len(after + answer)] = torch.tensor(after + answer)
+        wanted[row, len(after) : len(after + answer)] = True
+    return before, ids, wanted
+
+
+def score(model: EPVLM, H_v: Tensor, keep: Tensor, before: list[int], ids: Tensor, wanted: Tensor):
+    """Loss, and for each question whether greedy decoding answers it rightly: whether every token of the answer, and
+    its end, is the likeliest after those before it.
+
+    H_v (B, tokens, hidden_size) of B images of one size; keep (groups_h, groups_w); the rest from `ask`, as many
+    questions of each image. Returns (), (questions,) bool.
+    """
+    seen = torch.cat((model.llm.embed(torch.tensor(before)).expand(len(H_v), -1, -1), H_v), 1)
+    positions = mrope_positions(len(before), keep, ids.shape[1] - 1)
+    cache = Shared()
+    model.llm(seen, positions[:, : seen.shape[1]], cache)
+    hidden = model.llm(model.llm.embed(ids[:, :-1]), positions[:, seen.shape[1] :], cache)
+    wanted, target = wanted[:, 1:], ids[:, 1:][wanted[:, 1:]]
+    logits = model.llm.logits(hidden[wanted])
+    right = torch.ones_like(wanted)
+    right[wanted] = logits.argmax(-1) == target
+    return F.cross_entropy(logits, target), right.all(1)
+
+
+def batch(model: EPVLM, step: int, stage: tuple[int, int]):
+    """The scenes of a step: patches (B, N, 1176), the mask that keeps all (grid_h, grid_w), and their questions."""
+    first = scenes.TRAIN + step * BATCH
+    size = scenes.scene(first).size
+    shown = [scenes.scene(first + k, *stage, size=size) for k in range(BATCH)]
+    keep = torch.ones(size[0] // 14, size[1] // 14, dtype=torch.bool)
+    images = [Image.fromarray(scenes.render(scene)) for scene in shown]
+    patches = torch.stack([packed_patches(image, keep, model.vit.config, model.image_config) for image in images])
+    asked = [scenes.choose(scenes.questions(scene), QUESTIONS, first + k) for k, scene in enumerate(shown)]
+    return patches, keep, [question for several in asked for question in (several * QUESTIONS)[:QUESTIONS]]
+
+
+class Training:
+    """Weights in float32, the model that works in bfloat16, and all that has to survive an interruption."""
+
+    def __init__(self, folder: Path, steps: int, rate: float):
+        self.folder, self.steps, self.rate = folder, steps, rate
+        self.model = begin(folder / "model")
+        self.weights = {name: tensor.clone() for name, tensor in published(self.model.vit, self.model.llm).items()}
+        parts = (self.model.vit.bfloat16(), self.model.llm.bfloat16())
+        self.working = published(*parts)  # shares its memory with the model
+        self.parameters = [parameter for part in parts for parameter in part.parameters()]
+        matrix = [name for name, w in self.weights.items() if w.ndim == 2 and "embed_tokens" not in name]
+        others = [w for name, w in self.weights.items() if name not in matrix]
+        matrices = [self.weights[name] for name in matrix]
+        self.optimisers = [
+            torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),  # half the steps of AdamW
+            torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.01),
+        ]
+        self.step, self.stage, self.recent = 0, 0, defaultdict(lambda: deque(maxlen=1500))
+        if (folder / "state.pt").exists():
+            self.resume(torch.load(folder / "state.pt", weights_only=True))
+
+    def resume(self, state: dict) -> None:
+        self.step, self.stage = state["step"], state["stage"]
+        for name, weight in self.weights.items():
+            weight.copy_(state["weights"][name])
+        for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+
+    def save(self) -> None:
+        state = {"step": self.step, "stage": self.stage, "weights": self.weights}
+        beside = self.folder / "state.new"
+        torch.save(state | {"optimisers": [optimiser.state_dict() for optimiser in self.optimisers]}, beside)
+        os.replace(beside, self.folder / "state.pt")
+        save_file(self.weights, self.folder / "model" / "model.safetensors", metadata={"format": "pt"})
+
+    def advance(self) -> float:
+        """One step; returns its loss."""
+        for name, weight in self.weights.items():
+            self.working[name].copy_(weight)
+        patches, keep, questions = batch(self.model, self.step, STAGES[self.stage])
+        with sdpa_kernel(SDPBackend.MATH):  # at this size the fused kernel's backward pass is the slower one
+            H_v = self.model.vit(patches.bfloat16(), keep)
+            loss, right = score(self.model, H_v, keep[::2, ::2], *ask(self.model, questions))
+            loss.backward()
+        for weight, parameter in zip(self.weights.values(), self.parameters, strict=True):
+            weight.grad, parameter.grad = parameter.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
+        left = (self.steps - self.step) / self.steps
+        for optimiser in self.optimisers:
+            optimiser.param_groups[0]["lr"] = self.rate * min(1, (self.step + 1) / WARM_UP, left / COOL_DOWN)
+            optimiser.step()
+        for question, ok in zip(questions, right.tolist(), strict=True):
+            self.recent[question.kind].append(ok)
+        self.step += 1
+        return loss.item()
+
+    def accuracy(self) -> dict[str, float]:
+        """By kind of question, over the last 1500 of each; the next stage opens where all are learned."""
+        shown = {kind: float(np.mean(answers)) for kind, answers in sorted(self.recent.items())}
+        learned = all(len(self.recent[kind]) == 1500 and shown[kind] > LEARNED[kind] for kind in shown)
+        if learned and self.stage + 1 < len(STAGES):
+            self.stage += 1
+            self.recent.clear()
+        return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Trains the tiny Qwen2-VL on made-up scenes.")
+    parser.add_argument("folder", type=Path, help="of the run; it goes on from what is there")
+    parser.add_argument("--steps", type=int, default=24000)
+    parser.add_argument("--rate", type=float, default=3e-3, help="learning rate (default: %(default)s)")
+    args = parser.parse_args()
+    training = Training(args.folder, args.steps, args.rate)
+    start, losses = time.monotonic(), []
+    while training.step < args.steps:
+        losses.append(training.advance())
+        if training.step % 50 == 0:
+            told = f"step {training.step} stage {training.stage} loss {np.mean(losses[-50:]):.4f}"
+            told += "".join(f" {kind} {value:.3f}" for kind, value in training.accuracy().items())
+            with (args.folder / "log.txt").open("a") as log:
+                for file in (log, sys.stderr):
+                    print(f"{told} ({time.monotonic() - start:.0f} s)", file=file)
+        if training.step % 250 == 0 or training.step == args.steps:
+            training.save()
+
+
+if __name__ == "__main__":
+    main()
