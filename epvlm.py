@@ -22,7 +22,6 @@ What differs from plain Qwen2-VL: the mask. Without events, or at sparsity 0, th
 
 import argparse
 import math
-import os
 import re
 import sys
 import warnings
@@ -37,7 +36,19 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 import weights
-from events import MICROSECONDS, Events, budget_mask, event_map, literal_mask, motion, read_events, read_image, resize
+from events import (
+    MICROSECONDS,
+    Events,
+    Parser,
+    budget_mask,
+    event_map,
+    exit_status,
+    literal_mask,
+    motion,
+    read_events,
+    read_image,
+    resize,
+)
 from llm import Decoder, DecoderConfig, generate, mrope_positions, sampler
 from vit import ImageConfig, VisionConfig, VisionTransformer, packed_patches, smart_resize
 
@@ -220,11 +231,6 @@ def check_choices(sparsity: float, **chosen: str) -> None:
             raise ValueError(f"{name} {value!r}: give {' or '.join(CHOICES[name])}")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"epvlm: error: {' '.join(message.split())} (--help lists the options)\n")
-
-
 def _sensor(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9]\d{0,5})[xX]([1-9]\d{0,5})", text)
     if not match:
@@ -239,7 +245,7 @@ def _count(text: str) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = _Parser("epvlm", description="Answers questions about an image from what moves.", allow_abbrev=False)
+    parser = Parser("epvlm", description="Answers questions about an image from what moves.", allow_abbrev=False)
     add = parser.add_argument
     add("image", help="image file")
     add("events", help="recording or event map, .npy or .npz; the word none for the dense image")
@@ -303,20 +309,9 @@ def show_progress(model: EPVLM) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status: 0, 2 for bad input (told in one line), 130 when interrupted."""
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (it stays open: the caller closed the real one)
+    """Runs the command line; returns the exit status, as `exit_status` has it."""
     args = parse(argv)
-    try:
-        run(args)
-        return 0
-    except BrokenPipeError:  # the reader of the answer has left: nothing to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, MemoryError, ArithmeticError, RuntimeError) as error:  # torch raises RuntimeError
-        print(f"epvlm: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
-        return 2
+    return exit_status("epvlm", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -421,6 +421,8 @@ def _crossings(level, step, last, now):
 def saccade(image: np.ndarray, radius: float = 2.0, duration: float = 100_000) -> Iterator[tuple[float, np.ndarray]]:
     """Frames for `camera` from a still image (H, W, 3): its luma, moved once around an equilateral triangle about its
     true place, `radius` pixels from it at the corners, by at most half a pixel a frame; `duration` in microseconds."""
+    if not 0 <= radius <= 64:
+        raise ValueError(f"a saccade of radius {radius:g} pixels: give 0 to 64")
     luma, margin = image @ LUMA, math.ceil(radius) + 1
     padded = np.pad(luma, margin, mode="edge")
     corners = radius * np.exp(2j * np.pi * np.arange(4) / 3 + 0.5j * np.pi)
@@ -449,39 +451,78 @@ def save_events(events: Events, path: Path) -> None:
         beside.unlink(missing_ok=True)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the options)\n")
+
+
+def exit_status(program: str, work: Callable[[], None]) -> int:
+    """Does a command line's work. 0, or 2 for bad input (told in one line), 130 when interrupted, 1 when nobody reads
+    its output any more."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (it stays open: the caller closed the real one)
+    try:
+        work()
+        return 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, OSError, MemoryError, ArithmeticError, RuntimeError) as error:  # torch raises RuntimeError
+        print(f"{program}: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        return 2
+
+
+def movie(paths: list[str], fps: float) -> Iterator[tuple[float, np.ndarray]]:
+    """Frames for `camera` from image files, read one by one. Raises ValueError that names the file."""
+    if not 0 < fps < math.inf:
+        raise ValueError(f"--fps {fps:g}: give the frames a second, above 0")
+    size = None
+    for number, path in enumerate(paths):
+        image = read_image(path)
+        size = size or image.size
+        if image.size != size:
+            told = "{} x {} pixels, but {} x {}".format(*image.size, *size)
+            raise ValueError(f"{path}: {told} in {paths[0]}; give frames of one size")
+        yield 1e6 * number / fps, np.asarray(image)
+
+
 def run(args: argparse.Namespace) -> None:
     """The command line's work: images in, a recording out."""
-    images = [np.asarray(read_image(path)) for path in args.images]
-    if len(images) == 1:
-        frames = saccade(images[0], args.radius)
-    else:
-        frames = ((1e6 * number / args.fps, image) for number, image in enumerate(images))
-    events = camera(frames, args.threshold, args.spread, args.noise, args.seed)
+    if any(args.output.resolve() == Path(path).resolve() for path in args.images):
+        raise ValueError(f"{args.output}: is one of the images; give another name with --output")
+    frames = movie(args.images, args.fps)
+    if len(args.images) == 1:
+        frames = saccade(next(frames)[1], args.radius)
+    events = camera(_told(frames), args.threshold, args.spread, args.noise, args.seed)
     save_events(events, args.output)
     print(f"wrote {len(events)} events to {args.output}", file=sys.stderr)
 
 
+def _told(frames: Iterator) -> Iterator:
+    """Counts the frames on a terminal."""
+    for number, frame in enumerate(frames, 1):
+        if sys.stderr.isatty():
+            print(f"\rframe {number}\033[K", end="\r", file=sys.stderr, flush=True)
+        yield frame
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Makes a recording of a still image or of frames; returns the exit status as epvlm.py's main does."""
-    parser = argparse.ArgumentParser("events", description="An ideal event camera: images to a recording.")
+    """Makes a recording of a still image or of frames; returns the exit status."""
+    parser = Parser("events", description="An ideal event camera: images to a recording.", allow_abbrev=False)
     add = parser.add_argument
     add("images", nargs="+", help="one image, which a small saccade moves, or the frames of a movie")
     add("-o", "--output", type=Path, required=True, help="the recording, .npy")
-    add("--fps", type=float, default=30.0, help="frames a second (default: %(default)s)")
+    add("--fps", type=float, default=30.0, help="frames a second of a movie (default: %(default)s)")
     add("--radius", type=float, default=2.0, help="of a single image's saccade, in pixels (default: %(default)s)")
     add("--threshold", type=float, default=0.2, help="C, in log intensity (default: %(default)s)")
     add("--spread", type=float, default=0.0, help="standard deviation of C among pixels (default: %(default)s)")
     add("--noise", type=float, default=0.0, help="meaningless events a pixel and second (default: %(default)s)")
     add("--seed", type=int, default=0, help="of spread and noise (default: %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        run(args)
-        return 0
-    except KeyboardInterrupt:
-        return 130
-    except (ValueError, OSError, MemoryError) as error:
-        print(f"events: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    return exit_status("events", lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from pathlib import Path
 
 import numpy as np
@@ -141,11 +141,11 @@ def ask(model: EPVLM, questions: list[scenes.Question]) -> tuple[list[int], Tens
 
 
 def score(model: EPVLM, H_v: Tensor, keep: Tensor, before: list[int], ids: Tensor, wanted: Tensor):
-    """Loss, and for each question whether greedy decoding answers it rightly: whether every token of the answer, and
+    """Loss of each question, and whether greedy decoding answers it rightly: whether every token of the answer, and
     its end, is the likeliest after those before it.
 
     H_v (B, tokens, hidden_size) of B images of one size; keep (groups_h, groups_w); the rest from `ask`, as many
-    questions of each image. Returns (), (questions,) bool.
+    questions of each image. Returns (questions,) float32, (questions,) bool.
     """
     seen = torch.cat((model.llm.embed(torch.tensor(before)).expand(len(H_v), -1, -1), H_v), 1)
     positions = mrope_positions(len(before), keep, ids.shape[1] - 1)
@@ -156,7 +156,8 @@ def score(model: EPVLM, H_v: Tensor, keep: Tensor, before: list[int], ids: Tenso
     logits = model.llm.logits(hidden[wanted])
     right = torch.ones_like(wanted)
     right[wanted] = logits.argmax(-1) == target
-    return F.cross_entropy(logits, target), right.all(1)
+    losses = torch.zeros(wanted.shape).masked_scatter(wanted, F.cross_entropy(logits, target, reduction="none"))
+    return losses.sum(1) / wanted.sum(1), right.all(1)
 
 
 def batch(model: EPVLM, step: int, stage: tuple[int, int]):
@@ -213,7 +214,10 @@ class Training:
         patches, keep, questions = batch(self.model, self.step, STAGES[self.stage])
         with sdpa_kernel(SDPBackend.MATH):  # at this size the fused kernel's backward pass is the slower one
             H_v = self.model.vit(patches.bfloat16(), keep)
-            loss, right = score(self.model, H_v, keep[::2, ::2], *ask(self.model, questions))
+            losses, right = score(self.model, H_v, keep[::2, ::2], *ask(self.model, questions))
+            often = Counter(question.kind for question in questions)
+            share = torch.tensor([1 / often[question.kind] for question in questions]) / len(often)
+            loss = (losses * share).sum()  # all kinds count alike
             loss.backward()
         for weight, parameter in zip(self.weights.values(), self.parameters, strict=True):
             weight.grad, parameter.grad = parameter.grad.float(), None

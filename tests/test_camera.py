@@ -2,15 +2,18 @@
 
 import itertools
 import math
+from pathlib import Path
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 
 import events
-from events import accumulate, camera, log_intensity, saccade
+from events import accumulate, camera, log_intensity, main, read_events, saccade
 
 
 @st.composite
@@ -135,3 +138,102 @@ def test_settings_out_of_range_are_refused(fault):
 def test_frames_that_are_no_movie_are_refused(movie):
     with pytest.raises(ValueError, match="frame"):
         camera([(time, np.zeros(shape)) for time, shape in movie])
+
+
+# The command line
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Three frames of a square that moves, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    for number in range(3):
+        image = np.full((30, 40, 3), 40, dtype=np.uint8)
+        image[10:20, 10 + 3 * number : 20 + 3 * number] = 220
+        Image.fromarray(image).save(f"{number}.png")
+    return tmp_path
+
+
+def told(capsys, *arguments) -> tuple[int, str]:
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert out == ""
+    return status, err
+
+
+def test_a_movie_becomes_a_recording(folder, capsys):
+    assert told(capsys, "0.png", "1.png", "2.png", "--fps", "50", "-o", "events.npy") == (0, ANY)
+    made = read_events("events.npy")
+    expected = camera((20_000 * n, np.asarray(Image.open(f"{n}.png"))) for n in range(3))
+    assert all(np.array_equal(getattr(made, c), getattr(expected, c)) for c in "xytp") and len(made) > 100
+    assert 0 < made.span()[0] < made.span()[1] <= 40_000 and made.extent == (10, 25, 10, 19)
+    assert np.load("events.npy").dtype.names == ("x", "y", "t", "p")
+
+
+def test_a_still_image_becomes_a_recording(folder, capsys):
+    status, err = told(capsys, "0.png", "-o", "events.npy")
+    assert status == 0 and err == f"wrote {len(read_events('events.npy'))} events to events.npy\n"
+    expected = camera(saccade(np.asarray(Image.open("0.png"))))
+    assert np.array_equal(np.load("events.npy")["t"], expected.t)
+
+
+def test_options_reach_the_camera(folder, capsys):
+    sizes = {}
+    for options in ("", "--threshold 0.4", "--spread 0.1", "--noise 50", "--noise 50 --seed 1", "--radius 4"):
+        assert told(capsys, "0.png", "-o", "events.npy", *options.split())[0] == 0
+        sizes[options] = Path("events.npy").read_bytes()
+    assert len(set(sizes.values())) == 6 and len(sizes["--threshold 0.4"]) < len(sizes[""]) < len(sizes["--noise 50"])
+
+
+def test_an_upright_recording_of_a_photograph_on_its_side(folder, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.open("2.png").save("turned.png", exif=exif)  # its square: columns 16 to 25, rows 10 to 19
+    assert told(capsys, "turned.png", "-o", "events.npy")[0] == 0
+    extent = read_events("events.npy").extent
+    assert extent[1] <= 21 and 24 <= extent[3] <= 27
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("no.png",), "no.png: no such file"),
+        (("0.png", "no.png"), "no.png: no such file"),
+        (("0.png", "small.png"), "small.png: 8 x 9 pixels, but 40 x 30 in 0.png"),
+        (("0.png", "text.png"), "text.png: not an image"),
+        (("0.png", "1.png", "--fps", "0"), "--fps 0"),
+        (("0.png", "1.png", "--fps", "nan"), "--fps nan"),
+        (("0.png", "--radius", "-1"), "radius -1"),
+        (("0.png", "--radius", "nan"), "radius nan"),
+        (("0.png", "--threshold", "0"), "threshold 0"),
+        (("0.png", "--noise", "1e30"), "lam value too large"),
+        (("0.png", "--seed", "-1"), "non-negative"),
+        (("0.png", "-o", "0.png"), "0.png: is one of the images"),
+        (("0.png", "-o", "no/events.npy"), "no/"),
+        (("0.png", "--fps", "x"), "invalid float value"),
+        ((), "required"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(folder, capsys, arguments, words):
+    Image.new("RGB", (8, 9)).save("small.png")
+    Path("text.png").write_text("no picture")
+    Path("events.npy").write_bytes(b"old")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    status, err = told(capsys, "-o", "events.npy", *arguments)
+    assert status == 2 and err.startswith("events: error: ") and err.count("\n") == 1 and words in err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_interruption_while_writing_leaves_the_old_file(folder, capsys, monkeypatch):
+    Path("events.npy").write_bytes(b"old")
+
+    def stop(file, rows):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "save", stop)
+    assert told(capsys, "0.png", "-o", "events.npy") == (130, "")
+    assert Path("events.npy").read_bytes() == b"old" and len(list(folder.iterdir())) == 4

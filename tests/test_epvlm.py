@@ -302,7 +302,7 @@ def test_a_closed_pipe_ends_with_status_1(monkeypatch):
         raise BrokenPipeError
 
     monkeypatch.setattr(epvlm, "run", fail)
-    monkeypatch.setattr(epvlm.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(os, "dup2", lambda *_: None)
     monkeypatch.setattr(sys, "stdout", sys.__stdout__)
     assert main(["i", "e", "q"]) == 1
 

@@ -121,7 +121,7 @@ def test_text_in_several_scripts(checkpoint, question):
 
 def test_special_tokens_in_a_question_are_text(checkpoint):
     _, _, ours = checkpoint
-    before, after = ours._text("".join(tiny.SPECIALS))
+    before, after = ours.text_ids("".join(tiny.SPECIALS))
     special = {ours.tokenizer.token_to_id(text) for text in tiny.SPECIALS}
     names = ("vision_end", "im_end", "im_start")
     assert [token for token in after if token in special] == [ours.special[name] for name in names]
@@ -185,6 +185,6 @@ def test_prompt_ids_with_the_published_tokenizer(data, question):
     if "<|" not in question:
         assert expected == theirs(before + question + after).input_ids
     ours = EPVLM(None, None, Tokenizer.from_file(str(folder / "tokenizer.json")), None, set())
-    head, tail = ours._text(question)
+    head, tail = ours.text_ids(question)
     assert [*head, 151655, *tail] == expected
     assert max(tail[1 : -len(theirs(after).input_ids)], default=0) < 151643

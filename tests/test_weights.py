@@ -408,12 +408,12 @@ def test_image_statistics_are_the_checkpoints(files):
 
 
 def test_truncation_and_padding_in_a_tokenizer_file_are_ignored(files):
-    expected = EPVLM.from_pretrained("model")._text("a longer question")
+    expected = EPVLM.from_pretrained("model").text_ids("a longer question")
     tokens = tiny.tokenizer()
     tokens.enable_truncation(4)
     tokens.enable_padding(length=9)
     tokens.save("model/tokenizer.json")
-    assert EPVLM.from_pretrained("model")._text("a longer question") == expected
+    assert EPVLM.from_pretrained("model").text_ids("a longer question") == expected
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model(files):

@@ -1,0 +1,155 @@
+"""The scenes of examples/: what they show, what they ask, and where their events lie."""
+
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import scenes
+from events import accumulate, read_events
+from scenes import COLOURS, KINDS, SHAPES, Scene, Thing, choose, questions, record, render, scene
+
+SEEDS = st.integers(0, 10**6)
+
+
+def still(*things) -> Scene:
+    """A scene from (shape, colour, x, y, moves), each 40 pixels wide, in 196 x 196 pixels."""
+    made = (Thing(shape, colour, x, y, 40, (5.0, 0.0) if moves else (0, 0), 1) for shape, colour, x, y, moves in things)
+    return Scene(196, 196, tuple(made), 1)
+
+
+def asked(scene: Scene) -> dict[str, tuple]:
+    return {question.text: (question.answer, question.kind, question.moving) for question in questions(scene)}
+
+
+@given(SEEDS)
+def test_a_seed_is_a_scene(seed):
+    made = scene(seed)
+    assert made == scene(seed) != scene(seed + 1)
+    assert np.array_equal(render(made), render(scene(seed)))
+    assert questions(made) == questions(scene(seed)) and choose(questions(made), 8, 1) == choose(questions(made), 8, 1)
+    assert 2 <= len(made.things) <= 4 and made.height % 28 == made.width % 28 == 0
+    assert 112 <= min(made.size) and max(made.size) <= 224
+    assert {thing.moves for thing in made.things} == {True, False}
+    assert len({thing.name for thing in made.things}) == len(made.things)
+
+
+@given(SEEDS)
+def test_things_are_inside_apart_and_of_their_colour(seed):
+    made = scene(seed)
+    image = render(made).astype(int)
+    for thing in made.things:
+        half = thing.size / 2
+        assert half <= thing.x <= made.width - half and half <= thing.y <= made.height - half
+        for other in made.things:
+            apart = max(abs(thing.x - other.x), abs(thing.y - other.y))
+            assert other is thing or apart > (thing.size + other.size) / 2
+        centre = image[int(thing.y), int(thing.x)]
+        nearest = min(COLOURS, key=lambda name: np.abs(centre / max(centre) - np.divide(COLOURS[name], 255)).sum())
+        assert nearest == thing.colour
+
+
+@given(SEEDS)
+def test_events_lie_where_things_move_and_nowhere_else(seed):
+    made = scene(seed)
+    E_v = accumulate(record(made), *made.size)
+    rest = E_v.copy()
+    for thing in made.things:
+        if thing.moves:
+            reach = thing.size / 2 + 11  # it comes from up to 8 pixels away
+            rows = slice(max(0, int(thing.y - reach)), int(thing.y + reach) + 1)
+            columns = slice(max(0, int(thing.x - reach)), int(thing.x + reach) + 1)
+            assert E_v[rows, columns].sum() > 20
+            rest[rows, columns] = 0
+    assert rest.sum() == 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_differ_and_fill_their_size(shape):
+    blank = render(Scene(112, 112, (), 1)).astype(int)
+    covered = {}
+    for name in SHAPES:
+        image = render(Scene(112, 112, (Thing(name, "yellow", 56, 56, 60, (0, 0), 1),), 1)).astype(int)
+        covered[name] = np.abs(image - blank).sum(axis=2) > 40
+    rows, columns = covered[shape].nonzero()
+    assert 48 <= np.ptp(rows) <= 61 and 48 <= np.ptp(columns) <= 61
+    assert all((covered[shape] ^ covered[name]).sum() > 200 for name in SHAPES if name != shape)
+
+
+def test_answers_written_out():
+    made = asked(
+        still(("circle", "red", 40, 40, True), ("square", "blue", 150, 100, True), ("cross", "red", 90, 160, False))
+    )
+    assert made["what colour is the circle?"] == ("red", "colour", True)
+    assert made["what colour is the cross?"] == ("red", "colour", False)
+    assert made["what shape is the blue thing?"] == ("square", "shape", True)
+    assert "what shape is the red thing?" not in made
+    assert made["how many red things are there?"] == ("2", "count", None)
+    assert made["how many blue things are there?"] == ("1", "count", True)
+    assert made["how many triangles are there?"] == ("0", "count", None)
+    assert made["is the red circle left or right?"] == ("left", "place", True)
+    assert made["is the red circle high or low?"] == ("high", "place", True)
+    assert made["is the red cross high or low?"] == ("low", "place", False)
+    assert "is the red cross left or right?" not in made and "is the blue square high or low?" not in made
+    assert made["what is left of the red cross?"] == ("red circle", "relation", None)
+    assert made["what is right of the red cross?"] == ("blue square", "relation", None)
+    assert made["what is above the blue square?"] == ("red circle", "relation", True)
+    assert made["what is below the blue square?"] == ("red cross", "relation", None)
+    assert "what is left of the blue square?" not in made  # there are two
+    assert "what is left of the red circle?" not in made  # there is none
+
+
+def test_a_relation_in_doubt_is_not_asked():
+    made = asked(still(("circle", "red", 100, 40, True), ("square", "blue", 95, 150, True)))
+    assert "what is left of the red circle?" not in made and "what is right of the blue square?" not in made
+    assert made["what is above the blue square?"][0] == "red circle"
+
+
+@given(SEEDS)
+def test_every_answer_follows_from_the_things(seed):
+    """Read back from the words of question and answer alone."""
+    made = scene(seed)
+    named = {thing.name: thing for thing in made.things}
+    for question in questions(made):
+        words = question.text.rstrip("?").split()
+        if question.kind == "count":
+            word = words[2].removesuffix("s").replace("crosse", "cross") if words[2] not in COLOURS else words[2]
+            assert int(question.answer) == sum(word in (thing.shape, thing.colour) for thing in made.things)
+        elif question.kind in ("colour", "shape"):
+            (thing,) = [t for t in made.things if (t.shape if question.kind == "colour" else t.colour) in words]
+            assert question.answer == getattr(thing, question.kind) and question.moving == thing.moves
+        elif question.kind == "place":
+            thing = named[" ".join(words[2:4])]
+            share = {"l": thing.x / made.width, "h": thing.y / made.height}[words[4][0]]
+            assert question.answer == (words[4] if share < 1 / 3 else words[6]) and not 1 / 3 < share < 2 / 3
+        else:
+            thing, other = named[" ".join(words[-2:])], named[question.answer]
+            axis, sign = {"left": ("x", -1), "right": ("x", 1), "above": ("y", -1), "below": ("y", 1)}[words[2]]
+            ahead = [t for t in made.things if sign * (getattr(t, axis) - getattr(thing, axis)) > 0]
+            assert ahead == [other] and question.moving in (thing.moves, None)
+
+
+def test_kinds_and_answers_are_chosen_in_turn():
+    chosen = Counter()
+    for seed in range(200):
+        everything = questions(scene(seed))
+        eight = choose(everything, 8, seed)
+        assert len(eight) == min(8, len(everything)) == len(set(eight)) and set(eight) <= set(everything)
+        chosen.update(question.kind for question in eight)
+    assert set(chosen) == set(KINDS) and min(chosen.values()) > 150
+
+
+def test_the_command_writes_both_files_and_tells_the_questions(tmp_path):
+    command = [sys.executable, scenes.__file__, "3", "--image", "a.png", "--events", "b.npy"]
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    made = scene(3)
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), render(made))
+    assert len(read_events(tmp_path / "b.npy")) == len(record(made))
+    assert told.count("\n") == len(questions(made)) and all(q.text in told for q in questions(made))
+    assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["a.png", "b.npy"]
