@@ -36,6 +36,7 @@ COLOURS = {
     "cyan": (60, 195, 205),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
+THINGS = (2, 4)  # in a scene
 SIDES = (4, 8)  # the frame's smallest and largest side, in groups of 28 pixels
 KINDS = ("colour", "shape", "place", "count", "relation")
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
@@ -80,25 +81,25 @@ class Scene:
         return self.height, self.width
 
 
-def scene(seed: int, least: int = 2, most: int = 4, size: tuple[int, int] | None = None) -> Scene:
-    """The scene of a seed, with `least` to `most` things; with two or more, some move and some stand still.
+def scene(seed: int, things: tuple[int, int] = THINGS, size: tuple[int, int] | None = None) -> Scene:
+    """The scene of a seed, with the least and the most `things`; of two or more some move and some stand still.
 
     size: (height, width) in pixels, drawn unless given.
     """
     rng = np.random.default_rng(seed)
     height, width = size or (28 * int(side) for side in rng.integers(SIDES[0], SIDES[1] + 1, 2))
     while True:  # until the things have found room
-        places = _places(rng, height, width, int(rng.integers(least, most + 1)))
+        places = _places(rng, height, width, int(rng.integers(things[0], things[1] + 1)))
         if places:
             break
     names = _names(rng, len(places))
     moving = rng.permutation(np.arange(len(places)) < rng.integers(1, max(2, len(places))))
-    things = []
-    for (x, y, size), (colour, shape), moves in zip(places, names, moving, strict=True):
+    made = []
+    for (x, y, across), (colour, shape), moves in zip(places, names, moving, strict=True):
         angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(4, 8) * bool(moves)
         velocity = (float(speed * np.cos(angle)), float(speed * np.sin(angle))) if moves else (0, 0)
-        things.append(Thing(shape, colour, x, y, size, velocity, int(rng.integers(2**31))))
-    return Scene(height, width, tuple(things), int(rng.integers(2**31)))
+        made.append(Thing(shape, colour, x, y, across, velocity, int(rng.integers(2**31))))
+    return Scene(height, width, tuple(made), int(rng.integers(2**31)))
 
 
 def _places(rng, height: int, width: int, count: int) -> list[tuple[float, float, float]]:
@@ -120,7 +121,7 @@ def _names(rng, count: int) -> list[tuple[str, str]]:
     names: list[tuple[str, str]] = []
     while len(names) < count:
         colour, shape = str(rng.choice(list(COLOURS))), str(rng.choice(SHAPES))
-        if names and rng.random() < 0.5:
+        if names and rng.random() < 0.6:
             shared = names[rng.integers(len(names))]
             colour, shape = (shared[0], shape) if rng.random() < 0.5 else (colour, shared[1])
         if (colour, shape) not in names:
@@ -196,25 +197,28 @@ def questions(scene: Scene) -> list[Question]:
 
     for shape in SHAPES:
         alike = [thing for thing in scene.things if thing.shape == shape]
-        ask("count", f"how many {plural(shape)} are there?", str(len(alike)), *alike)
+        ask("count", f"how many things are a {shape}?", str(len(alike)), *alike)
     for colour in COLOURS:
         alike = [thing for thing in scene.things if thing.colour == colour]
-        ask("count", f"how many {colour} things are there?", str(len(alike)), *alike)
+        ask("count", f"how many things are {colour}?", str(len(alike)), *alike)
     for thing in scene.things:
-        if sum(other.shape == thing.shape for other in scene.things) == 1:
+        by_shape = sum(other.shape == thing.shape for other in scene.things) == 1
+        by_colour = sum(other.colour == thing.colour for other in scene.things) == 1
+        if by_shape:
             ask("colour", f"what colour is the {thing.shape}?", thing.colour, thing)
-        if sum(other.colour == thing.colour for other in scene.things) == 1:
+        if by_colour:
             ask("shape", f"what shape is the {thing.colour} thing?", thing.shape, thing)
-        for text, low, high, place in (
-            ("left or right", "left", "right", thing.x / scene.width),
-            ("high or low", "high", "low", thing.y / scene.height),
-        ):
-            if not 1 / 3 < place < 2 / 3:
-                ask("place", f"is the {thing.name} {text}?", low if place < 0.5 else high, thing)
-        for relation, direction in RELATIONS.items():
-            other = _only(scene, thing, direction)
-            if other:
-                ask("relation", f"what is {relation} the {thing.name}?", other.name, thing, other)
+        for name in (thing.name, *[thing.shape] * by_shape, *[f"{thing.colour} thing"] * by_colour):
+            for text, low, high, place in (
+                ("left or right", "left", "right", thing.x / scene.width),
+                ("high or low", "high", "low", thing.y / scene.height),
+            ):
+                if not 1 / 3 < place < 2 / 3 and min(scene.size) >= 28 * SIDES[0]:
+                    ask("place", f"is the {name} {text}?", low if place < 0.5 else high, thing)
+            for relation, direction in RELATIONS.items():
+                other = _only(scene, thing, direction)
+                if other:
+                    ask("relation", f"what is {relation} the {name}?", other.name, thing, other)
     return found
 
 
@@ -235,10 +239,6 @@ def choose(everything: list[Question], limit: int, seed: int = 0) -> list[Questi
 def _in_turn(lists) -> list[Question]:
     """The first of every list, then the second of every list, and so on."""
     return [item for turn in zip_longest(*lists) for item in turn if item]
-
-
-def plural(shape: str) -> str:
-    return shape + ("es" if shape.endswith("s") else "s")
 
 
 def _only(scene: Scene, thing: Thing, direction: tuple[int, int]) -> Thing | None:
