@@ -42,6 +42,7 @@ ALIASES = {
 }
 MICROSECONDS = {"s": Fraction(10**6), "ms": Fraction(10**3), "us": Fraction(1), "ns": Fraction(1, 1000)}
 LUMA = np.array([0.299, 0.587, 0.114])  # of RGB, ITU-R BT.601
+MOST = 10**8  # events that the camera makes
 LINEAR = 20  # luma below which the camera's response is linear
 CONVERT = (
     'a pickled object, which is never loaded; if you trust it, convert it: python -c "import numpy as np; '
@@ -373,34 +374,44 @@ def camera(
     frames: (time in microseconds, frame as in `log_intensity`), two or more. A pixel remembers the level of its last
     event and sends one at each further C that its log intensity, linear between frames, rises (p = 1) or falls (p = 0).
     spread: standard deviation of C among pixels, for either polarity. noise: events per pixel and second that mean
-    nothing. Raises ValueError. Example, C = 0.2, log intensity 0 to 0.5 in 100 us: events at 40 and 80 us.
+    nothing. Example, C = 0.2, log intensity 0 to 0.5 in 100 us: events at 40 and 80 us. Raises ValueError for settings
+    out of range, frames that differ in size or do not follow in time, and more than MOST events.
     """
-    if not (C > 0 and spread >= 0 and noise >= 0 and max(C, spread, noise) < math.inf):
-        raise ValueError(f"threshold {C} must be above 0, spread {spread} and noise {noise} 0 or more")
+    for name, value, least, most in (("threshold", C, 1e-3, 10), ("spread", spread, 0, 10), ("noise", noise, 0, 1e6)):
+        if not least <= value <= most:
+            raise ValueError(f"--{name} {value:g}: give {least:g} to {most:g}")
     rng, found, level, last = np.random.default_rng(seed), [], None, None
     for time, frame in frames:
         L = log_intensity(frame)
         if level is None:
             first, level = time, L
             thresholds = [np.maximum(rng.normal(C, spread, L.shape), C / 10) for _ in ("on", "off")]
-        elif L.shape != level.shape or time <= last[0]:
+        elif L.shape != level.shape or not last[0] < time < 2**53:
             was = f"{level.shape[::-1]} pixels at {last[0]:g} us"
             raise ValueError(f"a frame of {L.shape[::-1]} pixels at {time:g} us follows one of {was}")
         else:
             for p, step in ((1, thresholds[0]), (0, -thresholds[1])):
                 *crossings, level = _crossings(level, step, last, (time, L))
-                found.append((*crossings, np.full(len(crossings[0]), p)))
+                found.append((*crossings, np.full(len(crossings[0]), p, dtype=np.uint8)))
+                _check_room(sum(len(x) for x, *_ in found))
         last = time, L
     if not found:
         raise ValueError("an event camera needs two frames or more")
     if noise:
-        height, width = level.shape
-        n = rng.poisson(noise * height * width * (time - first) / 1e6)
-        place, when = rng.integers(0, [[width], [height]], (2, n)), rng.uniform(first, time, n)
-        found.append((*place, when, rng.integers(0, 2, n)))
+        expected, (height, width) = noise * level.size * (time - first) / 1e6, level.shape
+        _check_room(expected + sum(len(x) for x, *_ in found))
+        n = rng.poisson(expected)
+        place = rng.integers(0, [[width], [height]], (2, n), dtype=np.int32)
+        found.append((*place, rng.uniform(first, time, n), rng.integers(0, 2, n, dtype=np.uint8)))
     x, y, t, p = (np.concatenate(column) for column in zip(*found, strict=True))
     order, t = np.argsort(t, kind="stable"), np.rint(t).astype(np.int64)
     return Events("the event camera", *(column[order] for column in (x, y, t, p)), "us")
+
+
+def _check_room(events: float) -> None:
+    if not events <= MOST:
+        remedy = "raise --threshold, lower --noise, or make the images smaller"
+        raise ValueError(f"{events:.3g} events, of which {MOST:.0e} find room; {remedy}")
 
 
 def _crossings(level, step, last, now):
@@ -409,20 +420,22 @@ def _crossings(level, step, last, now):
     level, step (H, W); last and now are (time, log intensity (H, W)).
     """
     (start, before), (end, after) = last, now
-    crossed = np.floor((after - level) / step + 1e-9).clip(0).astype(np.int64)  # to reach a level is to cross it
+    crossed = np.floor((after - level) / step + 1e-9).clip(0)  # to reach a level is to cross it
+    _check_room(crossed.sum())
+    crossed = crossed.astype(np.int32)
     y, x = crossed.nonzero()
     count = crossed[y, x]
     nth = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count) + 1  # 1, 2, ... for each pixel
-    y, x = np.repeat(y, count), np.repeat(x, count)
+    y, x = np.repeat(y.astype(np.int32), count), np.repeat(x.astype(np.int32), count)
     part = (level[y, x] + nth * step[y, x] - before[y, x]) / (after[y, x] - before[y, x])
-    return x, y, start + part * (end - start), level + crossed * step
+    return x, y, start + part.clip(0, 1) * (end - start), level + crossed * step
 
 
 def saccade(image: np.ndarray, radius: float = 2.0, duration: float = 100_000) -> Iterator[tuple[float, np.ndarray]]:
     """Frames for `camera` from a still image (H, W, 3): its luma, moved once around an equilateral triangle about its
     true place, `radius` pixels from it at the corners, by at most half a pixel a frame; `duration` in microseconds."""
     if not 0 <= radius <= 64:
-        raise ValueError(f"a saccade of radius {radius:g} pixels: give 0 to 64")
+        raise ValueError(f"--radius {radius:g}: give 0 to 64 pixels")
     luma, margin = image @ LUMA, math.ceil(radius) + 1
     padded = np.pad(luma, margin, mode="edge")
     corners = radius * np.exp(2j * np.pi * np.arange(4) / 3 + 0.5j * np.pi)
@@ -437,16 +450,25 @@ def saccade(image: np.ndarray, radius: float = 2.0, duration: float = 100_000) -
         yield duration * step / steps, (1 - right) * shown[:, :-1] + right * shown[:, 1:]
 
 
+def check_output(path: Path) -> Path:
+    """Where a file named so is written, links followed. Raises ValueError, before any work, where it cannot be."""
+    place = path.resolve()
+    if not place.parent.is_dir() or (place.exists() and not place.is_file()):
+        raise ValueError(f"{path}: cannot be written there; give a file's name in a folder that exists")
+    return place
+
+
 def save_events(events: Events, path: Path) -> None:
     """A structured .npy with fields x, y, t, p, written beside and renamed, so that `path` is never half a file."""
+    place = check_output(path)
     rows = np.empty(len(events), [("x", "<i4"), ("y", "<i4"), ("t", "<i8"), ("p", "u1")])
     for column in rows.dtype.names:
         rows[column] = getattr(events, column)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = place.with_name(f".{place.name}.{os.getpid()}")
     try:
         with beside.open("wb") as file:
             np.save(file, rows)
-        beside.replace(path)
+        beside.replace(place)
     finally:
         beside.unlink(missing_ok=True)
 
@@ -477,8 +499,8 @@ def exit_status(program: str, work: Callable[[], None]) -> int:
 
 def movie(paths: list[str], fps: float) -> Iterator[tuple[float, np.ndarray]]:
     """Frames for `camera` from image files, read one by one. Raises ValueError that names the file."""
-    if not 0 < fps < math.inf:
-        raise ValueError(f"--fps {fps:g}: give the frames a second, above 0")
+    if not 1e-3 <= fps <= 1e6:
+        raise ValueError(f"--fps {fps:g}: give the frames a second, 0.001 to 1000000")
     size = None
     for number, path in enumerate(paths):
         image = read_image(path)
@@ -491,12 +513,18 @@ def movie(paths: list[str], fps: float) -> Iterator[tuple[float, np.ndarray]]:
 
 def run(args: argparse.Namespace) -> None:
     """The command line's work: images in, a recording out."""
-    if any(args.output.resolve() == Path(path).resolve() for path in args.images):
+    if check_output(args.output) in [Path(path).resolve() for path in args.images]:
         raise ValueError(f"{args.output}: is one of the images; give another name with --output")
-    frames = movie(args.images, args.fps)
-    if len(args.images) == 1:
-        frames = saccade(next(frames)[1], args.radius)
-    events = camera(_told(frames), args.threshold, args.spread, args.noise, args.seed)
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: give 0 or more")
+    single = len(args.images) == 1
+    if (args.fps if single else args.radius) is not None:
+        raise ValueError("--fps is for several images, --radius for a single one; leave it out")
+    with warnings.catch_warnings(action="ignore"):  # Pillow's, of large images
+        frames = movie(args.images, 30.0 if args.fps is None else args.fps)
+        if single:
+            frames = saccade(next(frames)[1], 2.0 if args.radius is None else args.radius)
+        events = camera(_told(frames), args.threshold, args.spread, args.noise, args.seed)
     save_events(events, args.output)
     print(f"wrote {len(events)} events to {args.output}", file=sys.stderr)
 
@@ -515,8 +543,8 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("images", nargs="+", help="one image, which a small saccade moves, or the frames of a movie")
     add("-o", "--output", type=Path, required=True, help="the recording, .npy")
-    add("--fps", type=float, default=30.0, help="frames a second of a movie (default: %(default)s)")
-    add("--radius", type=float, default=2.0, help="of a single image's saccade, in pixels (default: %(default)s)")
+    add("--fps", type=float, help="frames a second of a movie (default: 30)")
+    add("--radius", type=float, help="of a single image's saccade, in pixels (default: 2)")
     add("--threshold", type=float, default=0.2, help="C, in log intensity (default: %(default)s)")
     add("--spread", type=float, default=0.0, help="standard deviation of C among pixels (default: %(default)s)")
     add("--noise", type=float, default=0.0, help="meaningless events a pixel and second (default: %(default)s)")

@@ -83,15 +83,23 @@ def test_a_constant_scene_gives_no_event(image, seed):
     assert len(camera(saccade(np.full((5, 7, 3), image[0, 0])))) == 0
 
 
-def test_the_saccade_goes_round_and_comes_back():
-    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    frames = list(saccade(image, radius=2.0, duration=90_000))
-    times = np.array([time for time, _ in frames])
-    assert times[0] == 0 and times[-1] == 90_000 and (np.diff(times) > 0).all()
-    assert np.allclose(frames[0][1], frames[-1][1])
-    luma = image @ np.array([0.299, 0.587, 0.114])
-    assert np.allclose(frames[0][1][4:, :], luma[2:-2, :]) or np.allclose(frames[0][1][:-4, :], luma[2:-2, :])
-    assert all(frame.shape == (20, 30) for _, frame in frames)
+@pytest.mark.parametrize("radius", [0.3, 2.0, 3.5])
+def test_the_saccade_carries_a_dot_around_its_place(radius):
+    image = np.zeros((25, 31, 3), dtype=np.uint8)
+    image[12, 15] = 255
+    frames = list(saccade(image, radius, duration=90_000))
+    times, shown = np.array([time for time, _ in frames]), np.array([frame for _, frame in frames])
+    assert times[0] == 0 and times[-1] == 90_000 and np.allclose(np.diff(times), times[1])
+    assert shown.shape == (len(frames), 25, 31) and np.allclose(shown[0], shown[-1])
+    rows, columns = np.indices((25, 31))
+    mass = shown.sum(axis=(1, 2))
+    path = np.stack(((shown * columns).sum(axis=(1, 2)) / mass - 15, (shown * rows).sum(axis=(1, 2)) / mass - 12), 1)
+    assert np.allclose(mass, 255) and np.allclose(path.mean(axis=0)[0], 0, atol=1e-9)
+    third = (len(frames) - 1) // 3
+    corners = path[[0, third, 2 * third]]
+    assert np.allclose(np.linalg.norm(corners, axis=1), radius) and np.allclose(corners.sum(axis=0), 0)
+    steps = np.linalg.norm(np.diff(path, axis=0), axis=1)
+    assert np.allclose(steps, steps[0]) and 0.2 < steps[0] <= 0.5
 
 
 def test_a_saccade_of_no_radius_shows_the_image_itself():
@@ -107,13 +115,27 @@ def test_events_of_a_saccade_lie_at_the_edges():
     assert E_v[7:13, 10:30].sum() > 0 and E_v[14:26, 14:26].sum() == 0 and E_v[:6].sum() == 0
 
 
-def test_spread_changes_thresholds_pixel_by_pixel_and_is_seeded():
-    frames = [(0, np.full((50, 50), 30.0)), (1000, np.full((50, 50), 200.0))]
-    per_pixel = [accumulate(camera(frames, spread=spread, seed=seed), 50, 50) for spread, seed in
-                 ((0, 0), (0.03, 0), (0.03, 0), (0.03, 1))]  # fmt: skip
-    assert np.ptp(per_pixel[0]) == 0 < np.ptp(per_pixel[1])
-    assert np.array_equal(per_pixel[1], per_pixel[2]) and not np.array_equal(per_pixel[1], per_pixel[3])
-    assert abs(per_pixel[1].mean() / per_pixel[0].mean() - 1) < 0.1
+def thresholds(rise: float, seed: int) -> np.ndarray:
+    """Each pixel's, (60, 60): when its first event comes while its log intensity goes from 0 to `rise` in a second."""
+    made = camera(
+        [(0, np.full((60, 60), 90.0)), (10**6, np.full((60, 60), 90 * math.exp(rise)))], spread=0.03, seed=seed
+    )
+    first = np.zeros((60, 60))
+    first[made.y[::-1], made.x[::-1]] = made.t[::-1] / 10**6  # the earliest is written last
+    return first
+
+
+def test_spread_is_that_of_the_thresholds_for_either_polarity_and_is_seeded():
+    on, off = thresholds(1, seed=0), thresholds(-1, seed=0)
+    for found in (on, off):
+        assert abs(found.mean() - 0.2) < 0.003 and abs(found.std() - 0.03) < 0.003
+    assert abs(np.corrcoef(on.ravel(), off.ravel())[0, 1]) < 0.1  # drawn apart
+    assert np.array_equal(on, thresholds(1, seed=0)) and not np.array_equal(on, thresholds(1, seed=1))
+
+
+def test_no_threshold_is_under_a_tenth():
+    per_pixel = accumulate(camera([(0, np.full((50, 50), 30.0)), (9, np.full((50, 50), 81.0))], spread=5.0), 50, 50)
+    assert per_pixel.max() == math.floor(math.log(81 / 30) / 0.02)
 
 
 def test_noise_has_its_rate_and_is_seeded():
@@ -126,10 +148,31 @@ def test_noise_has_its_rate_and_is_seeded():
     assert (np.diff(made.t) >= 0).all() and 0 <= made.t[0] and made.t[-1] <= 500_000
 
 
-@pytest.mark.parametrize("fault", [{"C": 0}, {"C": math.nan}, {"C": math.inf}, {"spread": -1}, {"noise": -1}])
-def test_settings_out_of_range_are_refused(fault):
-    with pytest.raises(ValueError, match="threshold"):
+@pytest.mark.parametrize(
+    "fault, name",
+    [({"C": 0}, "threshold"), ({"C": math.nan}, "threshold"), ({"C": 1e-9}, "threshold"), ({"spread": -1}, "spread"),
+     ({"spread": math.inf}, "spread"), ({"noise": -1}, "noise"), ({"noise": 1e30}, "noise")],
+)  # fmt: skip
+def test_settings_out_of_range_are_refused(fault, name):
+    with pytest.raises(ValueError, match=f"--{name} .*: give"):
         camera([(0, np.zeros((2, 2))), (1, np.zeros((2, 2)))], **fault)
+
+
+@pytest.mark.parametrize("fault", [{"C": 0.001}, {"noise": 1e6}])
+def test_more_events_than_find_room_are_refused_before_they_are_made(fault, monkeypatch):
+    monkeypatch.setattr(events, "MOST", 1000)
+    frames = [(0, np.full((9, 9), 20.0)), (10**6, np.full((9, 9), 30.0))]
+    assert len(camera(frames)) == 2 * 81
+    with pytest.raises(ValueError, match="find room; raise --threshold, lower --noise"):
+        camera(frames, **fault)
+    with pytest.raises(ValueError, match="find room"):
+        camera([(t, np.full((9, 9), 20.0 + 200 * (t % 2))) for t in range(9)])
+
+
+def test_no_event_is_later_than_its_frame():
+    level = 50 * math.exp(0.2 * (1 - 1.5e-9)), 50 * math.exp(0.2 * (1 - 0.5e-9))
+    made = camera([(0, np.full((1, 1), 50.0)), (100, np.full((1, 1), level[0])), (200, np.full((1, 1), level[1]))])
+    assert len(made) == 1 and 100 <= made.t[0] <= 200
 
 
 @pytest.mark.parametrize(
@@ -138,6 +181,17 @@ def test_settings_out_of_range_are_refused(fault):
 def test_frames_that_are_no_movie_are_refused(movie):
     with pytest.raises(ValueError, match="frame"):
         camera([(time, np.zeros(shape)) for time, shape in movie])
+
+
+@pytest.mark.parametrize("time", [math.nan, math.inf, 1e300])
+def test_times_that_no_clock_shows_are_refused(time):
+    with pytest.raises(ValueError, match="frame"):
+        camera([(0, np.zeros((2, 2))), (time, np.ones((2, 2)))])
+
+
+def test_a_frame_that_is_not_finite_is_refused():
+    with pytest.raises(ValueError, match="nan events"):
+        camera([(0, np.ones((2, 2))), (1, np.full((2, 2), math.nan))])
 
 
 # The command line
@@ -206,13 +260,20 @@ def test_an_upright_recording_of_a_photograph_on_its_side(folder, capsys):
         (("0.png", "text.png"), "text.png: not an image"),
         (("0.png", "1.png", "--fps", "0"), "--fps 0"),
         (("0.png", "1.png", "--fps", "nan"), "--fps nan"),
-        (("0.png", "--radius", "-1"), "radius -1"),
+        (("0.png", "--radius", "-1"), "--radius -1: give"),
         (("0.png", "--radius", "nan"), "radius nan"),
         (("0.png", "--threshold", "0"), "threshold 0"),
-        (("0.png", "--noise", "1e30"), "lam value too large"),
-        (("0.png", "--seed", "-1"), "non-negative"),
+        (("0.png", "--threshold", "1e-30"), "--threshold 1e-30: give 0.001 to 10"),
+        (("0.png", "--noise", "1e30"), "--noise 1e+30: give 0 to 1e+06"),
+        (("0.png", "--seed", "-1"), "--seed -1: give 0 or more"),
+        (("0.png", "--fps", "30"), "--fps is for several images"),
+        (("0.png", "1.png", "--radius", "1"), "--radius for a single one"),
+        (("0.png", "1.png", "--fps", "1e-15"), "--fps 1e-15"),
         (("0.png", "-o", "0.png"), "0.png: is one of the images"),
-        (("0.png", "-o", "no/events.npy"), "no/"),
+        (("0.png", "-o", "link.npy"), "link.npy: is one of the images"),
+        (("0.png", "-o", "no/events.npy"), "no/events.npy: cannot be written there"),
+        (("0.png", "-o", "."), ".: cannot be written there"),
+        (("0.png", "-o", "/dev/null"), "/dev/null: cannot be written there"),
         (("0.png", "--fps", "x"), "invalid float value"),
         ((), "required"),
     ],
@@ -221,10 +282,18 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, capsys, arguments, wor
     Image.new("RGB", (8, 9)).save("small.png")
     Path("text.png").write_text("no picture")
     Path("events.npy").write_bytes(b"old")
+    Path("link.npy").symlink_to("0.png")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     status, err = told(capsys, "-o", "events.npy", *arguments)
     assert status == 2 and err.startswith("events: error: ") and err.count("\n") == 1 and words in err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_link_stays_and_what_it_names_is_written(folder, capsys):
+    Path("real.npy").write_bytes(b"old")
+    Path("link.npy").symlink_to("real.npy")
+    assert told(capsys, "0.png", "-o", "link.npy")[0] == 0
+    assert Path("link.npy").is_symlink() and len(read_events("real.npy")) > 0
 
 
 def test_an_interruption_while_writing_leaves_the_old_file(folder, capsys, monkeypatch):
