@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -458,19 +459,24 @@ def check_output(path: Path) -> Path:
     return place
 
 
-def save_events(events: Events, path: Path) -> None:
-    """A structured .npy with fields x, y, t, p, written beside and renamed, so that `path` is never half a file."""
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Lets `write` fill a file beside and renames it, so that `path` is the old file or the new one, never half."""
     place = check_output(path)
-    rows = np.empty(len(events), [("x", "<i4"), ("y", "<i4"), ("t", "<i8"), ("p", "u1")])
-    for column in rows.dtype.names:
-        rows[column] = getattr(events, column)
     beside = place.with_name(f".{place.name}.{os.getpid()}")
     try:
         with beside.open("wb") as file:
-            np.save(file, rows)
+            write(file)
         beside.replace(place)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def save_events(events: Events, path: Path) -> None:
+    """A structured .npy with fields x, y, t, p."""
+    rows = np.empty(len(events), [("x", "<i4"), ("y", "<i4"), ("t", "<i8"), ("p", "u1")])
+    for column in rows.dtype.names:
+        rows[column] = getattr(events, column)
+    write_whole(path, lambda file: np.save(file, rows))
 
 
 class Parser(argparse.ArgumentParser):

@@ -5,20 +5,21 @@
 
 The table goes to standard output, as Markdown. Every selector keeps the same number of groups of 28 x 28 pixels but
 those that cannot: literal Eq. 6 keeps what ties, 14-pixel cells keep a group of which any patch is kept, and a smaller
-image has the number of groups that comes nearest from below.
+image has the largest grid of at most so many groups that distorts the image by no more than 1.5.
 
 Columns
-    moving, still    right answers to questions about moving and about still things, of a hundred, with the half-width
-                     of Wilson's 95 % interval
+    moving, still    right answers of a hundred, to questions about moving and about still things, with their 95 %
+                     interval (see `accuracy`)
+    how many         the same, to questions that count; all things matter to them
     tokens           visual tokens in the prompt, mean
-    FLOPs            of the prompt up to its first answer token, attention included, mean, in millions
-    ms               processor time of one question alone: mask, packing, transformer and first token; median
+    MFLOPs           of the prompt up to its first answer token, attention included, mean
+    ms               processor time of one question alone, one thread: mask, packing, transformer, first token; median
 """
 
-import argparse
+import math
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import scenes
 from epvlm import EPVLM, Prompt
-from events import Events
+from events import Events, Parser, budget_mask, exit_status
 from llm import mrope_positions
 from train_tiny import ask, score
 
@@ -49,12 +50,17 @@ class Sample:
 
     image: Image.Image
     events: Events
+    noisy: Events  # the same motion, seen by a worse camera
     seed: int
     questions: list[scenes.Question]
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.image.height, self.image.width
+
+    def budget(self, sparsity: float) -> int:
+        """Groups that Eq. 6 keeps when nothing ties."""
+        return int(budget_mask(np.ones((self.image.height // 28, self.image.width // 28)), 1 - sparsity).sum())
 
 
 def dense(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
@@ -73,12 +79,16 @@ def cells(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Promp
     return events(model, sample, sparsity, question, cell="patch")
 
 
+def noisy(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
+    return events(model, replace(sample, events=sample.noisy), sparsity, question)
+
+
 def recomputed(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
     """The groups that events keep, but numbered as if they were the image's first: Eq. 8 broken."""
     prompt = events(model, sample, sparsity, question)
-    first = torch.arange(prompt.keep.numel()).view(prompt.keep.shape) < prompt.keep.sum()
-    after = len(prompt.input_ids) - prompt.image_start - int(prompt.keep.sum())
-    positions = mrope_positions(prompt.image_start, first, after)
+    kept = int(prompt.keep.sum())
+    first = torch.arange(prompt.keep.numel()).view(prompt.keep.shape) < kept
+    positions = mrope_positions(prompt.image_start, first, len(prompt.input_ids) - prompt.image_start - kept)
     patches = first.repeat_interleave(2, 0).repeat_interleave(2, 1)
     return replace(prompt, keep=first, keep_patches=patches, position_ids=positions)
 
@@ -89,7 +99,7 @@ def mapped(model: EPVLM, sample: Sample, sparsity: float, question: str, E_v: np
 
 
 def random(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
-    return mapped(model, sample, sparsity, question, np.random.default_rng(sample.seed).random(sample.shape))
+    return mapped(model, sample, sparsity, question, np.random.default_rng((sample.seed, 1)).random(sample.shape))
 
 
 def spread(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
@@ -102,12 +112,23 @@ def gradient(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Pr
 
 
 def smaller(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
-    kept = int(events(model, sample, sparsity, question).keep.sum())
-    return model.prompt(sample.image, None, question, min_pixels=784, max_pixels=784 * kept)
+    height, width = shrunk(*sample.shape, sample.budget(sparsity))
+    image = sample.image.resize((width, height), Image.Resampling.BICUBIC)
+    return model.prompt(image, None, question, min_pixels=height * width, max_pixels=height * width)
+
+
+def shrunk(height: int, width: int, groups: int) -> tuple[int, int]:
+    """The largest size in whole groups, of `groups` at most, that changes the ratio of the sides by 1.5 at most."""
+    sizes = [(h, groups // h) for h in range(1, groups + 1)] + [(groups // w, w) for w in range(1, groups + 1)]
+    stretch = {size: abs(math.log(size[0] * width / (size[1] * height))) for size in sizes}
+    fit = [size for size in sizes if stretch[size] <= math.log(1.5)] or [min(sizes, key=stretch.get)]
+    h, w = max(fit, key=lambda size: (size[0] * size[1], -stretch[size]))
+    return 28 * h, 28 * w
 
 
 SELECTORS: dict[str, Callable] = {
     "events (ours)": events,
+    "events, noisy camera": noisy,
     "events, literal Eq. 6": literal,
     "events, 14 px cells": cells,
     "events, positions recomputed": recomputed,
@@ -122,37 +143,52 @@ SELECTORS: dict[str, Callable] = {
 class Tally:
     """One row of the table, as it fills."""
 
-    right: dict[bool, list[bool]] = field(default_factory=lambda: defaultdict(list))  # by whether things move
-    tokens: list[int] = field(default_factory=list)  # by question
+    right: dict[str, list[tuple[int, int]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )  # (right, asked) by scene
+    tokens: list[int] = field(default_factory=list)  # by scene, as all below
     flops: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
 
+COLUMNS = ("moving", "still", "how many")
+
+
+def column(question: scenes.Question) -> str:
+    return "how many" if question.kind == "count" else "moving" if question.moving else "still"
+
+
 def samples(count: int):
     """Held-out scenes until they have `count` questions or more."""
-    seed = asked = 0
-    while asked < count:
+    asked = 0
+    for seed in range(scenes.TRAIN):
         scene = scenes.scene(seed)
-        questions = [question for question in scenes.questions(scene) if question.moving is not None]
-        questions = scenes.choose(questions, QUESTIONS, seed)
-        if questions:
-            yield Sample(Image.fromarray(scenes.render(scene)), scenes.record(scene), seed, questions)
-        seed, asked = seed + 1, asked + len(questions)
+        told = [
+            question for question in scenes.questions(scene) if question.moving is not None or question.kind == "count"
+        ]
+        chosen = scenes.choose(told, QUESTIONS, seed)
+        recordings = scenes.record(scene), scenes.record(scene, spread=0.05, noise=2.0, seed=seed)
+        yield Sample(Image.fromarray(scenes.render(scene)), *recordings, seed, chosen)
+        asked += len(chosen)
+        if asked >= count:
+            return
 
 
 @torch.inference_mode()
-def examine(model: EPVLM, choose: Callable, sample: Sample, sparsity: float, tally: Tally, costs: dict) -> None:
-    """Asks all the questions of a sample, once its groups are chosen."""
+def examine(model: EPVLM, choose: Callable, sample: Sample, sparsity: float, tally: Tally, costs: dict) -> list[bool]:
+    """Asks all the questions of a sample, once its groups are chosen; returns which answers are right."""
     prompt = choose(model, sample, sparsity, sample.questions[0].text)
     H_v = model.vit(prompt.patches[None], prompt.keep_patches)
-    _, right = score(model, H_v, prompt.keep, *ask(model, sample.questions))
-    for question, ok in zip(sample.questions, right.tolist(), strict=True):
-        tally.right[question.moving].append(ok)
-    size = len(prompt.patches), len(prompt.input_ids)
+    right = score(model, H_v, prompt.keep, *ask(model, sample.questions))[1].tolist()
+    for name in COLUMNS:
+        answers = [ok for question, ok in zip(sample.questions, right, strict=True) if column(question) == name]
+        tally.right[name].append((sum(answers), len(answers)))
+    size = len(prompt.patches), int(prompt.keep.sum()), len(prompt.input_ids)
     if size not in costs:
         costs[size] = flops(model, prompt)
     tally.flops.append(costs[size])
-    tally.tokens.append(int(prompt.keep.sum()))
+    tally.tokens.append(size[1])
+    return right
 
 
 def flops(model: EPVLM, prompt: Prompt) -> int:
@@ -169,51 +205,89 @@ def clock(model: EPVLM, choose: Callable, sample: Sample, sparsity: float) -> fl
     return time.process_time() - start
 
 
-def accuracy(answers: list[bool]) -> str:
-    """Right answers of a hundred, with half of Wilson's 95 % interval: "97.1 ± 1.0"."""
-    n, z = len(answers), 1.96
+def accuracy(by_scene: list[tuple[int, int]]) -> str:
+    """Right answers of a hundred and Wilson's 95 % interval, "97.1 (95.9-98.0)", from (right, asked) of each scene.
+
+    Answers about one scene are not independent: n is the number of questions that, if they were, would vary as much.
+    """
+    right, n = (sum(part) for part in zip(*by_scene, strict=True)) if by_scene else (0, 0)
     if not n:
         return "none asked"
-    p = sum(answers) / n
-    half = z / (1 + z * z / n) * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    return f"{100 * p:.1f} ± {100 * half:.1f}"
+    p, z = right / n, 1.96
+    variance = sum((ok - p * asked) ** 2 for ok, asked in by_scene) / n**2  # of p
+    n = min(n, p * (1 - p) / variance) if variance else n
+    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    return f"{100 * p:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
 
-def table(tallies: dict[tuple[float, str], Tally]) -> str:
-    lines = ["| sparsity | groups chosen by | moving | still | tokens | MFLOPs | ms |", "|---|---|---|---|---|---|---|"]
-    for (sparsity, name), tally in tallies.items():
-        costs = f"{np.mean(tally.tokens):.1f} | {np.mean(tally.flops) / 1e6:.0f} | {1e3 * np.median(tally.seconds):.1f}"
-        lines.append(
-            f"| {sparsity:g} | {name} | {accuracy(tally.right[True])} | {accuracy(tally.right[False])} | {costs} |"
+def guesses(questions: list[scenes.Question]) -> list[str]:
+    """By column, the share of right answers if each form of question got its most frequent answer, image unseen."""
+    answers = defaultdict(Counter)
+    for question in questions:
+        form = tuple(
+            word for word in question.text.split() if word.rstrip("?") not in (*scenes.COLOURS, *scenes.SHAPES)
         )
-    return "\n".join(lines)
+        answers[column(question), form][question.answer] += 1
+    shares = []
+    for name in COLUMNS:
+        counts = [counter for (where, _), counter in answers.items() if where == name]
+        asked = sum(counter.total() for counter in counts)
+        shares.append(f"{100 * sum(max(c.values()) for c in counts) / asked:.1f}" if asked else "none asked")
+    return shares
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Accuracy by how the kept groups are chosen, as a Markdown table.")
+def table(tallies: dict[tuple[float, str], Tally], questions: list[scenes.Question]) -> str:
+    """Markdown: a row for each tally, and one for guessing."""
+    lines = [f"| sparsity | groups chosen by | {' | '.join(COLUMNS)} | tokens | MFLOPs | ms |", "|---" * 8 + "|"]
+    for (sparsity, name), tally in tallies.items():
+        cells = [f"{sparsity:g}", name, *(accuracy(tally.right[which]) for which in COLUMNS)]
+        cells += [f"{np.mean(tally.tokens):.1f}", f"{np.mean(tally.flops) / 1e6:.0f}"]
+        lines.append("| " + " | ".join([*cells, f"{1e3 * np.median(tally.seconds):.1f}"]) + " |")
+    return "\n".join([*lines, "| 1 | none: guessing | " + " | ".join(guesses(questions)) + " | 0 | | |"])
+
+
+def kinds(questions: list[scenes.Question], right: list[bool]) -> str:
+    """Right and asked of each kind of question, in words."""
+    asked, known = (
+        Counter(q.kind for q in questions),
+        Counter(q.kind for q, ok in zip(questions, right, strict=True) if ok),
+    )
+    told = (f"{kind} {known[kind]} of {asked[kind]}" for kind in scenes.KINDS)
+    return f"{sum(right)} of {len(right)} ({100 * np.mean(right):.1f} %): {', '.join(told)}"
+
+
+def run(count: int, checkpoint: str | Path) -> None:
+    torch.set_num_threads(1)
+    model, costs = EPVLM.from_pretrained(checkpoint, device="cpu"), {}
+    rows = {(0.0, "all of them: dense"): dense}
+    rows |= {(sparsity, name): choose for sparsity in SPARSITIES for name, choose in SELECTORS.items()}
+    tallies, questions, right = {row: Tally() for row in rows}, [], []
+    for number, sample in enumerate(samples(count), 1):
+        for (sparsity, name), choose in rows.items():
+            answers = examine(model, choose, sample, sparsity, tallies[sparsity, name], costs)
+            right += answers if sparsity == 0 else []
+            if number <= TIMED:
+                tallies[sparsity, name].seconds.append(clock(model, choose, sample, sparsity))
+        questions += sample.questions
+        if sys.stderr.isatty():
+            bar = "#" * min(40, 40 * len(questions) // count)
+            print(f"\r[{bar:40}] {len(questions)} questions, {number} scenes", end="\r", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print("\033[K", end="", file=sys.stderr)
+    print(
+        f"{len(questions)} questions about {number} held-out scenes. Dense, right answers: {kinds(questions, right)}.\n"
+    )
+    print(table(tallies, questions))
+
+
+def main() -> int:
+    parser = Parser("evidence", description="Accuracy by how the kept groups are chosen, as a Markdown table.")
     parser.add_argument("--questions", type=int, default=2000, help="at least so many (default: %(default)s)")
     parser.add_argument("--model", default=TINY, help="a checkpoint trained on the scenes (default: examples/tiny)")
     args = parser.parse_args()
-    model, costs = EPVLM.from_pretrained(args.model, device="cpu"), {}
-    rows = {(0.0, "dense"): dense} | {(s, name): choose for s in SPARSITIES for name, choose in SELECTORS.items()}
-    tallies = {row: Tally() for row in rows}
-    asked = 0
-    for number, sample in enumerate(samples(args.questions)):
-        for (sparsity, name), choose in rows.items():
-            examine(model, choose, sample, sparsity, tallies[sparsity, name], costs)
-            if number < TIMED:
-                tallies[sparsity, name].seconds.append(clock(model, choose, sample, sparsity))
-        asked += len(sample.questions)
-        if sys.stderr.isatty():
-            done = min(1, asked / args.questions)
-            bar = f"{'#' * int(40 * done):40}"
-            print(f"\r[{bar}] {asked} questions, {number + 1} scenes", end="", file=sys.stderr, flush=True)
-    if sys.stderr.isatty():
-        print("\r\033[K", end="", file=sys.stderr)
-    moving = len(tallies[0.0, "dense"].right[True])
-    print(f"{asked} questions about {number + 1} held-out scenes, {moving} of them about moving things.\n")
-    print(table(tallies))
+    return exit_status("evidence", lambda: run(max(1, args.questions), args.model))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,7 +13,6 @@ Glossary
     moving           of a question: True if all the things it needs move, False if all stand still, else None
 """
 
-import argparse
 import sys
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -24,7 +23,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from events import Events, camera, save_events
+from events import Events, Parser, camera, exit_status, save_events, write_whole
 
 TRAIN = 1_000_000  # the first seed of a training scene
 COLOURS = {
@@ -84,26 +83,27 @@ class Scene:
 def scene(seed: int, things: tuple[int, int] = THINGS, size: tuple[int, int] | None = None) -> Scene:
     """The scene of a seed, with the least and the most `things`; of two or more some move and some stand still.
 
-    size: (height, width) in pixels, drawn unless given.
+    size: (height, width) in pixels, drawn unless given; the things must find room in it.
     """
+    if seed < 0:
+        raise ValueError(f"seed {seed}: give 0 or more")
     rng = np.random.default_rng(seed)
     height, width = size or (28 * int(side) for side in rng.integers(SIDES[0], SIDES[1] + 1, 2))
-    while True:  # until the things have found room
+    places: list[tuple[float, float, float]] = []
+    while not places:  # until the things have found room
         places = _places(rng, height, width, int(rng.integers(things[0], things[1] + 1)))
-        if places:
-            break
     names = _names(rng, len(places))
     moving = rng.permutation(np.arange(len(places)) < rng.integers(1, max(2, len(places))))
     made = []
     for (x, y, across), (colour, shape), moves in zip(places, names, moving, strict=True):
-        angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(4, 8) * bool(moves)
+        angle, speed = rng.uniform(0, 2 * np.pi), rng.uniform(4, 8)
         velocity = (float(speed * np.cos(angle)), float(speed * np.sin(angle))) if moves else (0, 0)
         made.append(Thing(shape, colour, x, y, across, velocity, int(rng.integers(2**31))))
     return Scene(height, width, tuple(made), int(rng.integers(2**31)))
 
 
 def _places(rng, height: int, width: int, count: int) -> list[tuple[float, float, float]]:
-    """Centres and sizes of things that do not touch, also while they move; none if some find no room."""
+    """Centres and sizes of things that do not touch when shown; none if some find no room."""
     placed: list[tuple[float, float, float]] = []
     for _ in range(60):
         size = rng.uniform(0.30, 0.42) * min(height, width)
@@ -139,9 +139,9 @@ def render(scene: Scene, time: float = 0.0) -> np.ndarray:
     return np.clip(image + 0.5, 0, 255).astype(np.uint8)
 
 
-def record(scene: Scene) -> Events:
+def record(scene: Scene, **camera_options) -> Events:
     """The events of the motion that ends in the shown frame: nine frames in 40 ms."""
-    return camera((40_000 * k / 8, render(scene, k / 8 - 1)) for k in range(9))
+    return camera(((40_000 * k / 8, render(scene, k / 8 - 1)) for k in range(9)), **camera_options)
 
 
 def _noise(rng, height: int, width: int, cell: float) -> np.ndarray:
@@ -253,19 +253,24 @@ def _only(scene: Scene, thing: Thing, direction: tuple[int, int]) -> Thing | Non
     return clear[0] if len(clear) == 1 and not doubt else None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Writes a scene's frame and events, and prints its questions.")
+def write(seed: int, image: Path, events: Path) -> None:
+    """Frame and events of a scene to files, its questions to standard output."""
+    made = scene(seed)
+    write_whole(image, lambda file: Image.fromarray(render(made)).save(file, "PNG"))
+    save_events(record(made), events)
+    about = {True: "moving", False: "still", None: "moving and still, or nothing"}
+    for question in questions(made):
+        print(f"{question.text}  {question.answer}  ({question.kind}, {about[question.moving]})")
+
+
+def main() -> int:
+    parser = Parser("scenes", description="Writes a scene's frame and events, and prints its questions.")
     parser.add_argument("seed", type=int, help=f"of the scene; below {TRAIN} it is a held-out one")
     parser.add_argument("--image", type=Path, default=Path("scene.png"))
     parser.add_argument("--events", type=Path, default=Path("events.npy"))
     args = parser.parse_args()
-    made = scene(args.seed)
-    Image.fromarray(render(made)).save(args.image)
-    save_events(record(made), args.events)
-    moving = {True: "moving", False: "still", None: "moving and still, or nothing"}
-    for question in questions(made):
-        print(f"{question.text}  {question.answer}  ({question.kind}, {moving[question.moving]})")
+    return exit_status("scenes", lambda: write(args.seed, args.image, args.events))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

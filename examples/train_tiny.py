@@ -10,9 +10,7 @@ the frames larger. With several things from the start, which colour belongs to w
 of steps. A batch is images of one size; an image is read once, and each of its questions sees it but no other question.
 """
 
-import argparse
 import json
-import os
 import sys
 import time
 from collections import Counter, defaultdict, deque
@@ -22,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -31,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import scenes
 from epvlm import EPVLM, build, published
+from events import Parser, exit_status, write_whole
 from llm import mrope_positions
 from vit import ImageConfig, packed_patches
 
@@ -44,6 +43,7 @@ STAGES = [  # least and most things in a scene, shortest and longest side of it 
     (scenes.THINGS, scenes.SIDES),
 ]
 LEARNED = {"colour": 0.88, "shape": 0.85, "count": 0.88, "relation": 0.80}  # opens the next stage; places need no help
+SHOWN = 1500  # answers of a kind that its accuracy is taken over
 NAMES = ["endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start",
          "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]  # fmt: skip
 VISION = {"depth": 4, "embed_dim": 128, "hidden_size": 128, "num_heads": 4, "mlp_ratio": 4, "in_chans": 3,
@@ -51,23 +51,21 @@ VISION = {"depth": 4, "embed_dim": 128, "hidden_size": 128, "num_heads": 4, "mlp
 
 
 def tokenizer() -> Tokenizer:
-    """Byte-level BPE as Qwen2's, in which each word of the questions is one token; any other text goes byte by byte."""
+    """One in which each word of the questions is one token; any other text goes byte by byte."""
+    asked = [q for seed in range(999) for q in scenes.questions(scenes.scene(scenes.TRAIN + seed))]
+    words = {word for q in asked for word in (q.text.rstrip("?") + " " + q.answer).split()}
+    chat = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "?"]
+    return byte_level([*chat, *sorted(words), *(f" {word}" for word in sorted(words))], 900)
+
+
+def byte_level(text: list[str], size: int) -> Tokenizer:
+    """Byte-level BPE as Qwen2's, trained on `text` to at most `size` tokens, and Qwen2-VL's special tokens."""
     made = Tokenizer(models.BPE())
     made.normalizer = normalizers.NFC()
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
-    asked = [q for seed in range(999) for q in scenes.questions(scenes.scene(scenes.TRAIN + seed))]
-    words = {word for q in asked for word in q.text.rstrip("?").split()} | {w for q in asked for w in q.answer.split()}
-    text = [
-        "system\nYou are a helpful assistant.",
-        "user\n",
-        "assistant\n",
-        "?",
-        *sorted(words),
-        *sorted(f" {w}" for w in words),
-    ]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(text, trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False))
+    made.train_from_iterator(text, trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False))
     made.add_special_tokens([AddedToken(f"<|{name}|>", special=True, normalized=False) for name in NAMES])
     return made
 
@@ -202,23 +200,28 @@ class Training:
             torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),  # half the steps of AdamW
             torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.01),
         ]
-        self.step, self.stage, self.recent = 0, 0, defaultdict(lambda: deque(maxlen=1500))
+        self.step, self.stage = 0, 0
+        self.recent: dict[str, deque] = defaultdict(lambda: deque(maxlen=SHOWN))  # by kind: right or wrong
         if (folder / "state.pt").exists():
             self.resume(torch.load(folder / "state.pt", weights_only=True))
 
     def resume(self, state: dict) -> None:
         self.step, self.stage = state["step"], state["stage"]
+        for kind, answers in state["recent"].items():
+            self.recent[kind].extend(answers)
         for name, weight in self.weights.items():
             weight.copy_(state["weights"][name])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
 
     def save(self) -> None:
-        state = {"step": self.step, "stage": self.stage, "weights": self.weights}
-        beside = self.folder / "state.new"
-        torch.save(state | {"optimisers": [optimiser.state_dict() for optimiser in self.optimisers]}, beside)
-        os.replace(beside, self.folder / "state.pt")
-        save_file(self.weights, self.folder / "model" / "model.safetensors", metadata={"format": "pt"})
+        """The checkpoint first, then the state."""
+        recent = {kind: list(answers) for kind, answers in self.recent.items()}
+        state = {"step": self.step, "stage": self.stage, "recent": recent, "weights": self.weights}
+        state["optimisers"] = [optimiser.state_dict() for optimiser in self.optimisers]
+        tensors = save(self.weights, metadata={"format": "pt"})
+        write_whole(self.folder / "model" / "model.safetensors", lambda file: file.write(tensors))
+        write_whole(self.folder / "state.pt", lambda file: torch.save(state, file))
 
     def advance(self) -> float:
         """One step; returns its loss."""
@@ -245,35 +248,43 @@ class Training:
         return loss.item()
 
     def accuracy(self) -> dict[str, float]:
-        """By kind of question, over the last 1500 of each; the next stage opens where all are learned."""
-        shown = {kind: float(np.mean(answers)) for kind, answers in sorted(self.recent.items())}
-        known = [len(self.recent[kind]) == 1500 and shown[kind] > LEARNED[kind] for kind in shown if kind in LEARNED]
-        learned = bool(known) and all(known)
+        """By kind of question, over the last of each."""
+        return {kind: float(np.mean(answers)) for kind, answers in sorted(self.recent.items())}
+
+    def open_stage(self) -> None:
+        """Goes on to the next stage once the kinds in LEARNED are."""
+        shown = {kind: value for kind, value in self.accuracy().items() if kind in LEARNED}
+        learned = shown and all(len(self.recent[kind]) == SHOWN and shown[kind] > LEARNED[kind] for kind in shown)
         if learned and self.stage + 1 < len(STAGES):
             self.stage += 1
             self.recent.clear()
-        return shown
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains the tiny Qwen2-VL on made-up scenes.")
+def main() -> int:
+    parser = Parser("train_tiny", description="Trains the tiny Qwen2-VL on made-up scenes.")
     parser.add_argument("folder", type=Path, help="of the run; it goes on from what is there")
     parser.add_argument("--steps", type=int, default=24000)
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate (default: %(default)s)")
     args = parser.parse_args()
-    training = Training(args.folder, args.steps, args.rate)
+    return exit_status("train_tiny", lambda: train(args.folder, args.steps, args.rate))
+
+
+def train(folder: Path, steps: int, rate: float) -> None:
+    """Up to step `steps`; saves at every 250th, tells the accuracy at every 50th."""
+    training = Training(folder, steps, rate)
     start, losses = time.monotonic(), []
-    while training.step < args.steps:
+    while training.step < steps:
         losses.append(training.advance())
         if training.step % 50 == 0:
             told = f"step {training.step} stage {training.stage} loss {np.mean(losses[-50:]):.4f}"
             told += "".join(f" {kind} {value:.3f}" for kind, value in training.accuracy().items())
-            with (args.folder / "log.txt").open("a") as log:
+            with (folder / "log.txt").open("a") as log:
                 for file in (log, sys.stderr):
                     print(f"{told} ({time.monotonic() - start:.0f} s)", file=file)
-        if training.step % 250 == 0 or training.step == args.steps:
+            training.open_stage()
+        if training.step % 250 == 0 or training.step == steps:
             training.save()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-NAMES = ["endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start",
-         "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]  # fmt: skip
+from train_tiny import NAMES, byte_level
+
 SPECIALS = [f"<|{name}|>" for name in NAMES]
 CORPUS = ["You are a helpful assistant. What is moving? The red circle moves left of the small square.", "system user"]
 VISION = {"depth": 2, "embed_dim": 64, "num_heads": 4, "mlp_ratio": 2}
@@ -23,17 +23,8 @@ MROPE = [2, 3, 3]
 
 
 def tokenizer() -> Tokenizer:
-    """Byte-level BPE as Qwen2's, trained on two sentences: 300 tokens and 14 special ones."""
-    made = Tokenizer(models.BPE())
-    made.normalizer = normalizers.NFC()
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
-    )
-    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIALS])
-    return made
+    """Trained on two sentences: 300 tokens and 14 special ones."""
+    return byte_level(CORPUS, 300)
 
 
 def write(folder: Path, tied=True, shard="1GB", layout="nested", tokens: Tokenizer | None = None, seed=0):
