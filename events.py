@@ -381,32 +381,37 @@ def camera(
     for name, value, least, most in (("threshold", C, 1e-3, 10), ("spread", spread, 0, 10), ("noise", noise, 0, 1e6)):
         if not least <= value <= most:
             raise ValueError(f"--{name} {value:g}: give {least:g} to {most:g}")
-    rng, found, level, last = np.random.default_rng(seed), [], None, None
-    for time, frame in frames:
-        L = log_intensity(frame)
-        if level is None:
-            first, level = time, L
-            thresholds = [np.maximum(rng.normal(C, spread, L.shape), C / 10) for _ in ("on", "off")]
-        elif L.shape != level.shape or not last[0] < time < 2**53:
-            was = f"{level.shape[::-1]} pixels at {last[0]:g} us"
-            raise ValueError(f"a frame of {L.shape[::-1]} pixels at {time:g} us follows one of {was}")
-        else:
-            for p, step in ((1, thresholds[0]), (0, -thresholds[1])):
-                *crossings, level = _crossings(level, step, last, (time, L))
-                found.append((*crossings, np.full(len(crossings[0]), p, dtype=np.uint8)))
-                _check_room(sum(len(x) for x, *_ in found))
-        last = time, L
+    rng, found = np.random.default_rng(seed), []
+    shown = ((time, log_intensity(frame)) for time, frame in frames)
+    first = last = next(shown, (0, np.zeros((0, 0))))
+    level = first[1]  # (H, W)
+    steps = {p: sign * np.maximum(rng.normal(C, spread, level.shape), C / 10) for p, sign in ((1, 1), (0, -1))}
+    for now in shown:
+        (before, was), (time, L) = last, now
+        if L.shape != was.shape or not before < time < 2**53:
+            told = "a frame of {1} x {0} pixels at {2:g} us follows one of {4} x {3} at {5:g} us"
+            raise ValueError(told.format(*L.shape, time, *was.shape, before))
+        for p, step in steps.items():
+            *crossings, level = _crossings(level, step, last, now)
+            found.append((*crossings, np.full(len(crossings[0]), p, dtype=np.uint8)))
+            _check_room(sum(len(x) for x, *_ in found))
+        last = now
     if not found:
         raise ValueError("an event camera needs two frames or more")
     if noise:
-        expected, (height, width) = noise * level.size * (time - first) / 1e6, level.shape
-        _check_room(expected + sum(len(x) for x, *_ in found))
-        n = rng.poisson(expected)
-        place = rng.integers(0, [[width], [height]], (2, n), dtype=np.int32)
-        found.append((*place, rng.uniform(first, time, n), rng.integers(0, 2, n, dtype=np.uint8)))
+        found.append(_noise(rng, noise, first[0], last[0], *level.shape))
     x, y, t, p = (np.concatenate(column) for column in zip(*found, strict=True))
     order, t = np.argsort(t, kind="stable"), np.rint(t).astype(np.int64)
     return Events("the event camera", *(column[order] for column in (x, y, t, p)), "us")
+
+
+def _noise(rng: np.random.Generator, rate: float, start: float, end: float, height: int, width: int):
+    """x, y, time and polarity of events that mean nothing, `rate` to a pixel and second."""
+    expected = rate * height * width * (end - start) / 1e6
+    _check_room(expected)
+    n = rng.poisson(expected)
+    place = rng.integers(0, [[width], [height]], (2, n), dtype=np.int32)
+    return *place, rng.uniform(start, end, n), rng.integers(0, 2, n, dtype=np.uint8)
 
 
 def _check_room(events: float) -> None:

@@ -175,14 +175,19 @@ def samples(count: int):
 
 
 @torch.inference_mode()
+def answers(model: EPVLM, prompt: Prompt, questions: list[scenes.Question]) -> list[bool]:
+    """Whether each of the questions is answered rightly in the place of the prompt's."""
+    H_v = model.vit(prompt.patches[None], prompt.keep_patches)
+    return score(model, H_v, prompt.keep, *ask(model, questions))[1].tolist()
+
+
 def examine(model: EPVLM, choose: Callable, sample: Sample, sparsity: float, tally: Tally, costs: dict) -> list[bool]:
     """Asks all the questions of a sample, once its groups are chosen; returns which answers are right."""
     prompt = choose(model, sample, sparsity, sample.questions[0].text)
-    H_v = model.vit(prompt.patches[None], prompt.keep_patches)
-    right = score(model, H_v, prompt.keep, *ask(model, sample.questions))[1].tolist()
+    right = answers(model, prompt, sample.questions)
     for name in COLUMNS:
-        answers = [ok for question, ok in zip(sample.questions, right, strict=True) if column(question) == name]
-        tally.right[name].append((sum(answers), len(answers)))
+        known = [ok for question, ok in zip(sample.questions, right, strict=True) if column(question) == name]
+        tally.right[name].append((sum(known), len(known)))
     size = len(prompt.patches), int(prompt.keep.sum()), len(prompt.input_ids)
     if size not in costs:
         costs[size] = flops(model, prompt)
@@ -223,15 +228,15 @@ def accuracy(by_scene: list[tuple[int, int]]) -> str:
 
 def guesses(questions: list[scenes.Question]) -> list[str]:
     """By column, the share of right answers if each form of question got its most frequent answer, image unseen."""
-    answers = defaultdict(Counter)
+    given = defaultdict(Counter)
     for question in questions:
         form = tuple(
             word for word in question.text.split() if word.rstrip("?") not in (*scenes.COLOURS, *scenes.SHAPES)
         )
-        answers[column(question), form][question.answer] += 1
+        given[column(question), form][question.answer] += 1
     shares = []
     for name in COLUMNS:
-        counts = [counter for (where, _), counter in answers.items() if where == name]
+        counts = [counter for (where, _), counter in given.items() if where == name]
         asked = sum(counter.total() for counter in counts)
         shares.append(f"{100 * sum(max(c.values()) for c in counts) / asked:.1f}" if asked else "none asked")
     return shares
@@ -265,8 +270,8 @@ def run(count: int, checkpoint: str | Path) -> None:
     tallies, questions, right = {row: Tally() for row in rows}, [], []
     for number, sample in enumerate(samples(count), 1):
         for (sparsity, name), choose in rows.items():
-            answers = examine(model, choose, sample, sparsity, tallies[sparsity, name], costs)
-            right += answers if sparsity == 0 else []
+            known = examine(model, choose, sample, sparsity, tallies[sparsity, name], costs)
+            right += known if sparsity == 0 else []
             if number <= TIMED:
                 tallies[sparsity, name].seconds.append(clock(model, choose, sample, sparsity))
         questions += sample.questions
