@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image
 
 import events
-from events import accumulate, camera, log_intensity, main, read_events, saccade
+from events import accumulate, budget_mask, camera, log_intensity, main, motion, read_events, resize, saccade
 
 
 @st.composite
@@ -306,3 +306,16 @@ def test_an_interruption_while_writing_leaves_the_old_file(folder, capsys, monke
     monkeypatch.setattr(np, "save", stop)
     assert told(capsys, "0.png", "-o", "events.npy") == (130, "")
     assert Path("events.npy").read_bytes() == b"old" and len(list(folder.iterdir())) == 4
+
+
+def test_it_keeps_nearly_what_a_real_event_camera_keeps(data):
+    """Five frames of slider_depth, against the events recorded between them: the cells that half a budget keeps."""
+    folder = data / "recordings/slider_depth"
+    times = [1e6 * float(line.split()[0]) for line in (folder / "images.txt").read_text().splitlines()[:5]]
+    frames = [np.asarray(Image.open(folder / f"frame_{n:08}.png").convert("RGB")) for n in range(5)]
+    made, real = camera(zip(times, frames, strict=True)), read_events(folder / "events_xypt_us.npy")
+    for start, end in itertools.pairwise(times):
+        S = [motion(resize(accumulate(e.within(start, end), 180, 240), 168, 224), 28) for e in (made, real)]
+        both = np.logical_and(*(budget_mask(cells, 0.5) for cells in S))
+        assert both.sum() >= 0.8 * budget_mask(S[0], 0.5).sum()
+        assert np.corrcoef(S[0].ravel(), S[1].ravel())[0, 1] > 0.85
