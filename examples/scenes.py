@@ -213,7 +213,7 @@ def questions(scene: Scene) -> list[Question]:
                 ("left or right", "left", "right", thing.x / scene.width),
                 ("high or low", "high", "low", thing.y / scene.height),
             ):
-                if not 1 / 3 < place < 2 / 3 and min(scene.size) >= 28 * SIDES[0]:
+                if not 1 / 3 < place < 2 / 3:
                     ask("place", f"is the {name} {text}?", low if place < 0.5 else high, thing)
             for relation, direction in RELATIONS.items():
                 other = _only(scene, thing, direction)

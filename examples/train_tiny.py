@@ -5,9 +5,9 @@
 It goes on from RUN_FOLDER/state.pt if that is there, so it may be interrupted at any time. RUN_FOLDER/log.txt tells the
 accuracy by kind of question, on scenes not seen before; RUN_FOLDER/model holds the checkpoint, renewed with the state.
 
-The curriculum starts with one thing in a small frame; when every kind of question is LEARNED it adds things and makes
-the frames larger. With several things from the start, which colour belongs to which shape is not learned in thousands
-of steps. A batch is images of one size; an image is read once, and each of its questions sees it but no other question.
+The curriculum starts with one thing in a scene and adds things when every kind of question is LEARNED: with several
+from the start, which colour belongs to which shape is not learned in thousands of steps. A batch is images of one size;
+an image is read once, and each of its questions sees it but no other question.
 """
 
 import json
@@ -35,13 +35,7 @@ from vit import ImageConfig, packed_patches
 
 BATCH, QUESTIONS = 16, 8  # images of a step, questions of an image
 WARM_UP, COOL_DOWN = 200, 0.3  # steps, and the last part of all steps: the learning rate rises, and falls to zero
-STAGES = [  # least and most things in a scene, shortest and longest side of it in groups
-    ((1, 1), (2, 4)),
-    ((2, 2), (2, 4)),
-    ((2, 2), (3, 6)),
-    ((2, 3), scenes.SIDES),
-    (scenes.THINGS, scenes.SIDES),
-]
+STAGES = [(1, 1), (2, 2), (2, 3), scenes.THINGS]  # least and most things in a scene
 LEARNED = {"colour": 0.88, "shape": 0.85, "count": 0.88, "relation": 0.80}  # opens the next stage; places need no help
 SHOWN = 1500  # answers of a kind that its accuracy is taken over
 NAMES = ["endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start",
@@ -171,10 +165,10 @@ def score(model: EPVLM, H_v: Tensor, keep: Tensor, before: list[int], ids: Tenso
     return losses.sum(1) / wanted.sum(1), right.all(1)
 
 
-def batch(model: EPVLM, step: int, stage: tuple[tuple[int, int], tuple[int, int]]):
+def batch(model: EPVLM, step: int, things: tuple[int, int]):
     """The scenes of a step: patches (B, N, 1176), the mask that keeps all (grid_h, grid_w), and their questions."""
-    first, (things, (shortest, longest)) = scenes.TRAIN + step * BATCH, stage
-    size = tuple(28 * int(side) for side in np.random.default_rng(step).integers(shortest, longest + 1, 2))
+    first = scenes.TRAIN + step * BATCH
+    size = scenes.scene(first).size
     shown = [scenes.scene(first + k, things, size) for k in range(BATCH)]
     keep = torch.ones(size[0] // 14, size[1] // 14, dtype=torch.bool)
     images = [Image.fromarray(scenes.render(scene)) for scene in shown]

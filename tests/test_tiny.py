@@ -156,8 +156,7 @@ def test_training_and_held_out_scenes_have_other_seeds(model):
     assert len(set(seeds)) == len(seeds) and max(seeds) < scenes.TRAIN
     patches, keep, asked = train_tiny.batch(model, 0, STAGES[-1])
     assert len(patches) == train_tiny.BATCH and len(asked) == train_tiny.BATCH * train_tiny.QUESTIONS
-    things, _ = STAGES[-1]
-    first = scene(scenes.TRAIN, things, tuple(14 * side for side in keep.shape))
+    first = scene(scenes.TRAIN, STAGES[-1], tuple(14 * side for side in keep.shape))
     shown = model.prompt(Image.fromarray(render(first)), None, "").patches
     assert torch.equal(patches[0], shown) and keep.all()
 
