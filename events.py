@@ -417,7 +417,7 @@ def _noise(rng: np.random.Generator, rate: float, start: float, end: float, heig
 def _check_room(events: float) -> None:
     if not events <= MOST:
         remedy = "raise --threshold, lower --noise, or make the images smaller"
-        raise ValueError(f"{events:.3g} events, of which {MOST:.0e} find room; {remedy}")
+        raise ValueError(f"{events:.3g} events, but at most {MOST:.0e} find room; {remedy}")
 
 
 def _crossings(level, step, last, now):
@@ -519,6 +519,9 @@ def movie(paths: list[str], fps: float) -> Iterator[tuple[float, np.ndarray]]:
         if image.size != size:
             told = "{} x {} pixels, but {} x {}".format(*image.size, *size)
             raise ValueError(f"{path}: {told} in {paths[0]}; give frames of one size")
+        with Image.open(path) as file:
+            if getattr(file, "n_frames", 1) > 1:
+                raise ValueError(f"{path}: holds {file.n_frames} images; save each as a file of its own")
         yield 1e6 * number / fps, np.asarray(image)
 
 
@@ -526,18 +529,23 @@ def run(args: argparse.Namespace) -> None:
     """The command line's work: images in, a recording out."""
     if check_output(args.output) in [Path(path).resolve() for path in args.images]:
         raise ValueError(f"{args.output}: is one of the images; give another name with --output")
+    if args.output.suffix != ".npy":
+        raise ValueError(f"{args.output}: a recording is an .npy file; name it so")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: give 0 or more")
     single = len(args.images) == 1
     if (args.fps if single else args.radius) is not None:
-        raise ValueError("--fps is for several images, --radius for a single one; leave it out")
+        raise ValueError(
+            f"{'--fps is for several images' if single else '--radius is for a single image'}; leave it out"
+        )
     with warnings.catch_warnings(action="ignore"):  # Pillow's, of large images
         frames = movie(args.images, 30.0 if args.fps is None else args.fps)
         if single:
             frames = saccade(next(frames)[1], 2.0 if args.radius is None else args.radius)
         events = camera(_told(frames), args.threshold, args.spread, args.noise, args.seed)
     save_events(events, args.output)
-    print(f"wrote {len(events)} events to {args.output}", file=sys.stderr)
+    hint = "" if len(events) else ": no pixel changed so much, lower --threshold"
+    print(f"wrote {len(events)} events to {args.output}{hint}", file=sys.stderr)
 
 
 def _told(frames: Iterator) -> Iterator:

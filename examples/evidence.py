@@ -10,7 +10,7 @@ image has the largest grid of at most so many groups that distorts the image by 
 Columns
     moving, still    right answers of a hundred, to questions about moving and about still things, with their 95 %
                      interval (see `accuracy`)
-    how many         the same, to questions that count; all things matter to them
+    how many, all    the same, to questions that count, to which all things matter; and to all the questions
     tokens           visual tokens in the prompt, mean
     MFLOPs           of the prompt up to its first answer token, attention included, mean
     ms               processor time of one question alone, one thread: mask, packing, transformer, first token; median
@@ -20,7 +20,7 @@ import math
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -151,25 +151,28 @@ class Tally:
     seconds: list[float] = field(default_factory=list)
 
 
-COLUMNS = ("moving", "still", "how many")
+COLUMNS: dict[str, Callable[[scenes.Question], bool]] = {
+    "moving": lambda question: question.kind != "count" and question.moving,
+    "still": lambda question: question.kind != "count" and not question.moving,
+    "how many": lambda question: question.kind == "count",
+    "all": lambda question: True,
+}
 
 
-def column(question: scenes.Question) -> str:
-    return "how many" if question.kind == "count" else "moving" if question.moving else "still"
+def chosen(seed: int) -> list[scenes.Question]:
+    """Questions of a scene that are about moving or about still things, or count."""
+    everything = scenes.questions(scenes.scene(seed))
+    return scenes.choose([q for q in everything if q.moving is not None or q.kind == "count"], QUESTIONS, seed)
 
 
-def samples(count: int):
+def samples(count: int) -> Iterator[Sample]:
     """Held-out scenes until they have `count` questions or more."""
     asked = 0
     for seed in range(scenes.TRAIN):
-        scene = scenes.scene(seed)
-        told = [
-            question for question in scenes.questions(scene) if question.moving is not None or question.kind == "count"
-        ]
-        chosen = scenes.choose(told, QUESTIONS, seed)
+        scene, questions = scenes.scene(seed), chosen(seed)
         recordings = scenes.record(scene), scenes.record(scene, spread=0.05, noise=2.0, seed=seed)
-        yield Sample(Image.fromarray(scenes.render(scene)), *recordings, seed, chosen)
-        asked += len(chosen)
+        yield Sample(Image.fromarray(scenes.render(scene)), *recordings, seed, questions)
+        asked += len(questions)
         if asked >= count:
             return
 
@@ -185,8 +188,8 @@ def examine(model: EPVLM, choose: Callable, sample: Sample, sparsity: float, tal
     """Asks all the questions of a sample, once its groups are chosen; returns which answers are right."""
     prompt = choose(model, sample, sparsity, sample.questions[0].text)
     right = answers(model, prompt, sample.questions)
-    for name in COLUMNS:
-        known = [ok for question, ok in zip(sample.questions, right, strict=True) if column(question) == name]
+    for name, belongs in COLUMNS.items():
+        known = [ok for question, ok in zip(sample.questions, right, strict=True) if belongs(question)]
         tally.right[name].append((sum(known), len(known)))
     size = len(prompt.patches), int(prompt.keep.sum()), len(prompt.input_ids)
     if size not in costs:
@@ -226,30 +229,35 @@ def accuracy(by_scene: list[tuple[int, int]]) -> str:
     return f"{100 * p:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
 
-def guesses(questions: list[scenes.Question]) -> list[str]:
-    """By column, the share of right answers if each form of question got its most frequent answer, image unseen."""
-    given = defaultdict(Counter)
-    for question in questions:
-        form = tuple(
+def guesses(questions: list[scenes.Question], seen: list[scenes.Question]) -> list[str]:
+    """By column, right answers of a hundred for who gives each form of question the answer most frequent in `seen`."""
+
+    def form(question: scenes.Question) -> tuple[str, ...]:
+        return tuple(
             word for word in question.text.split() if word.rstrip("?") not in (*scenes.COLOURS, *scenes.SHAPES)
         )
-        given[column(question), form][question.answer] += 1
+
+    given: dict[tuple, Counter] = defaultdict(Counter)
+    for question in seen:
+        given[form(question)][question.answer] += 1
     shares = []
-    for name in COLUMNS:
-        counts = [counter for (where, _), counter in given.items() if where == name]
-        asked = sum(counter.total() for counter in counts)
-        shares.append(f"{100 * sum(max(c.values()) for c in counts) / asked:.1f}" if asked else "none asked")
+    for belongs in COLUMNS.values():
+        right = [given[form(q)].most_common(1)[0][0] == q.answer for q in questions if belongs(q)]
+        shares.append(f"{100 * np.mean(right):.1f}" if right else "none asked")
     return shares
 
 
-def table(tallies: dict[tuple[float, str], Tally], questions: list[scenes.Question]) -> str:
+def table(tallies: dict[tuple[float, str], Tally], guessed: list[str]) -> str:
     """Markdown: a row for each tally, and one for guessing."""
-    lines = [f"| sparsity | groups chosen by | {' | '.join(COLUMNS)} | tokens | MFLOPs | ms |", "|---" * 8 + "|"]
+    lines = [
+        f"| sparsity | groups chosen by | {' | '.join(COLUMNS)} | tokens | MFLOPs | ms |",
+        "|---" * (5 + len(COLUMNS)) + "|",
+    ]
     for (sparsity, name), tally in tallies.items():
         cells = [f"{sparsity:g}", name, *(accuracy(tally.right[which]) for which in COLUMNS)]
         cells += [f"{np.mean(tally.tokens):.1f}", f"{np.mean(tally.flops) / 1e6:.0f}"]
         lines.append("| " + " | ".join([*cells, f"{1e3 * np.median(tally.seconds):.1f}"]) + " |")
-    return "\n".join([*lines, "| 1 | none: guessing | " + " | ".join(guesses(questions)) + " | 0 | | |"])
+    return "\n".join([*lines, "| 1 | none: guessing | " + " | ".join(guessed) + " | 0 | | |"])
 
 
 def kinds(questions: list[scenes.Question], right: list[bool]) -> str:
@@ -263,6 +271,8 @@ def kinds(questions: list[scenes.Question], right: list[bool]) -> str:
 
 
 def run(count: int, checkpoint: str | Path) -> None:
+    if count < 1:
+        raise ValueError(f"--questions {count}: give 1 or more")
     torch.set_num_threads(1)
     model, costs = EPVLM.from_pretrained(checkpoint, device="cpu"), {}
     rows = {(0.0, "all of them: dense"): dense}
@@ -280,10 +290,9 @@ def run(count: int, checkpoint: str | Path) -> None:
             print(f"\r[{bar:40}] {len(questions)} questions, {number} scenes", end="\r", file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         print("\033[K", end="", file=sys.stderr)
-    print(
-        f"{len(questions)} questions about {number} held-out scenes. Dense, right answers: {kinds(questions, right)}.\n"
-    )
-    print(table(tallies, questions))
+    asked = ", ".join(f"{sum(map(belongs, questions))} {name}" for name, belongs in COLUMNS.items())
+    print(f"Questions about {number} held-out scenes: {asked}.\nDense, right: {kinds(questions, right)}.\n")
+    print(table(tallies, guesses(questions, [q for k in range(500) for q in chosen(scenes.TRAIN + k)])))
 
 
 def main() -> int:
@@ -291,7 +300,7 @@ def main() -> int:
     parser.add_argument("--questions", type=int, default=2000, help="at least so many (default: %(default)s)")
     parser.add_argument("--model", default=TINY, help="a checkpoint trained on the scenes (default: examples/tiny)")
     args = parser.parse_args()
-    return exit_status("evidence", lambda: run(max(1, args.questions), args.model))
+    return exit_status("evidence", lambda: run(args.questions, args.model))
 
 
 if __name__ == "__main__":

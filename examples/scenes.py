@@ -23,7 +23,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from events import Events, Parser, camera, exit_status, save_events, write_whole
+from events import Events, Parser, camera, check_output, exit_status, save_events, write_whole
 
 TRAIN = 1_000_000  # the first seed of a training scene
 COLOURS = {
@@ -255,6 +255,8 @@ def _only(scene: Scene, thing: Thing, direction: tuple[int, int]) -> Thing | Non
 
 def write(seed: int, image: Path, events: Path) -> None:
     """Frame and events of a scene to files, its questions to standard output."""
+    if check_output(image) == check_output(events):
+        raise ValueError(f"{image}: named twice; give --image and --events names of their own")
     made = scene(seed)
     write_whole(image, lambda file: Image.fromarray(render(made)).save(file, "PNG"))
     save_events(record(made), events)

@@ -2,8 +2,8 @@
 
     python examples/train_tiny.py RUN_FOLDER
 
-It goes on from RUN_FOLDER/state.pt if that is there, so it may be interrupted at any time. RUN_FOLDER/log.txt tells the
-accuracy by kind of question, on scenes not seen before; RUN_FOLDER/model holds the checkpoint, renewed with the state.
+It goes on from RUN_FOLDER/state.pt if that is there, so an interruption costs at most 250 steps. RUN_FOLDER/log.txt
+tells the accuracy by kind of question, on scenes not seen before; RUN_FOLDER/model holds the checkpoint as it is then.
 
 The curriculum starts with one thing in a scene and adds things when every kind of question is LEARNED: with several
 from the start, which colour belongs to which shape is not learned in thousands of steps. A batch is images of one size;
@@ -197,9 +197,17 @@ class Training:
         self.step, self.stage = 0, 0
         self.recent: dict[str, deque] = defaultdict(lambda: deque(maxlen=SHOWN))  # by kind: right or wrong
         if (folder / "state.pt").exists():
-            self.resume(torch.load(folder / "state.pt", weights_only=True))
+            self.resume(folder / "state.pt")
 
-    def resume(self, state: dict) -> None:
+    def resume(self, path: Path) -> None:
+        """Goes on from a state that `save` wrote; ValueError for any other file."""
+        try:
+            self._take(torch.load(path, weights_only=True))
+        except Exception as error:  # a damaged file raises of many kinds
+            fault = f"no state of this training ({type(error).__name__})"
+            raise ValueError(f"{path}: {fault}; remove it to begin anew, or give another folder") from None
+
+    def _take(self, state: dict) -> None:
         self.step, self.stage = state["step"], state["stage"]
         for kind, answers in state["recent"].items():
             self.recent[kind].extend(answers)
@@ -257,7 +265,7 @@ class Training:
 def main() -> int:
     parser = Parser("train_tiny", description="Trains the tiny Qwen2-VL on made-up scenes.")
     parser.add_argument("folder", type=Path, help="of the run; it goes on from what is there")
-    parser.add_argument("--steps", type=int, default=24000)
+    parser.add_argument("--steps", type=int, default=12000, help="in all (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate (default: %(default)s)")
     args = parser.parse_args()
     return exit_status("train_tiny", lambda: train(args.folder, args.steps, args.rate))
@@ -265,7 +273,10 @@ def main() -> int:
 
 def train(folder: Path, steps: int, rate: float) -> None:
     """Up to step `steps`; saves at every 250th, tells the accuracy at every 50th."""
+    if steps < 1 or not 0 < rate < 1:
+        raise ValueError(f"--steps {steps} and --rate {rate:g}: give 1 or more, and a rate between 0 and 1")
     training = Training(folder, steps, rate)
+    print(f"from step {training.step} to {steps}", file=sys.stderr)
     start, losses = time.monotonic(), []
     while training.step < steps:
         losses.append(training.advance())

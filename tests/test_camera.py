@@ -242,6 +242,12 @@ def test_options_reach_the_camera(folder, capsys):
     assert len(set(sizes.values())) == 6 and len(sizes["--threshold 0.4"]) < len(sizes[""]) < len(sizes["--noise 50"])
 
 
+def test_no_event_at_all_is_told_with_the_remedy(folder, capsys):
+    status, err = told(capsys, "0.png", "0.png", "-o", "events.npy")
+    assert status == 0 and err.startswith("wrote 0 events") and "lower --threshold" in err
+    assert len(read_events("events.npy")) == 0
+
+
 def test_an_upright_recording_of_a_photograph_on_its_side(folder, capsys):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -266,8 +272,10 @@ def test_an_upright_recording_of_a_photograph_on_its_side(folder, capsys):
         (("0.png", "--threshold", "1e-30"), "--threshold 1e-30: give 0.001 to 10"),
         (("0.png", "--noise", "1e30"), "--noise 1e+30: give 0 to 1e+06"),
         (("0.png", "--seed", "-1"), "--seed -1: give 0 or more"),
-        (("0.png", "--fps", "30"), "--fps is for several images"),
-        (("0.png", "1.png", "--radius", "1"), "--radius for a single one"),
+        (("0.png", "--fps", "30"), "--fps is for several images; leave it out"),
+        (("0.png", "1.png", "--radius", "1"), "--radius is for a single image; leave it out"),
+        (("moves.gif",), "moves.gif: holds 2 images"),
+        (("0.png", "-o", "photo.jpg"), "photo.jpg: a recording is an .npy file"),
         (("0.png", "1.png", "--fps", "1e-15"), "--fps 1e-15"),
         (("0.png", "-o", "0.png"), "0.png: is one of the images"),
         (("0.png", "-o", "link.npy"), "link.npy: is one of the images"),
@@ -283,6 +291,7 @@ def test_bad_input_is_one_line_and_writes_nothing(folder, capsys, arguments, wor
     Path("text.png").write_text("no picture")
     Path("events.npy").write_bytes(b"old")
     Path("link.npy").symlink_to("0.png")
+    Image.new("L", (8, 9)).save("moves.gif", save_all=True, append_images=[Image.new("L", (8, 9), 200)])
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     status, err = told(capsys, "-o", "events.npy", *arguments)
     assert status == 2 and err.startswith("events: error: ") and err.count("\n") == 1 and words in err

@@ -157,3 +157,12 @@ def test_the_command_writes_both_files_and_tells_the_questions(tmp_path):
     assert len(read_events(tmp_path / "b.npy")) == len(record(made))
     assert told.count("\n") == len(questions(made)) and all(q.text in told for q in questions(made))
     assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["a.png", "b.npy"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["-1"], ["3", "--events", "no/b.npy"], ["3", "--image", "b", "--events", "b"], ["x"]]
+)
+def test_bad_arguments_are_one_line_and_write_nothing(tmp_path, arguments):
+    done = subprocess.run([sys.executable, scenes.__file__, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("scenes: error: ")
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())

@@ -134,6 +134,20 @@ def test_a_run_that_is_interrupted_goes_on_as_if_it_were_not(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("content", [b"", b"no state", b"PK"])
+def test_a_damaged_state_is_named(tmp_path, content):
+    (tmp_path / "state.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"state\.pt: no state of this training .*; remove it"):
+        Training(tmp_path, steps=1, rate=1e-3)
+
+
+@pytest.mark.parametrize("steps, rate", [(0, 1e-3), (5, 0), (5, math.nan)])
+def test_a_training_that_is_none_is_refused(tmp_path, steps, rate):
+    with pytest.raises(ValueError, match="give 1 or more"):
+        train_tiny.train(tmp_path / "run", steps, rate)
+    assert not list(tmp_path.iterdir())
+
+
 def test_things_are_added_when_every_kind_is_learned(tmp_path):
     training = Training(tmp_path, steps=1, rate=1e-3)
     for stage in range(len(STAGES)):
@@ -240,7 +254,8 @@ def test_guessing_is_by_the_form_of_the_question():
         asked("how many things are red?", "1", "count", None),
         asked("how many things are blue?", "0", "count"),
     ]
-    assert guesses(told) == ["75.0", "none asked", "50.0"]
+    assert guesses(told, told) == ["75.0", "none asked", "50.0", "66.7"]
+    assert guesses(told[2:3], told) == ["0.0", "none asked", "none asked", "0.0"]  # what was seen most often is wrong
 
 
 def test_the_evidence_is_a_whole_table(tmp_path):
