@@ -191,7 +191,7 @@ class Training:
         others = [w for name, w in self.weights.items() if name not in matrix]
         matrices = [self.weights[name] for name in matrix]
         self.optimisers = [
-            torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),  # half the steps of AdamW
+            torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),  # here sooner than AdamW
             torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.01),
         ]
         self.step, self.stage = 0, 0
