@@ -381,7 +381,7 @@ def camera(
     for name, value, least, most in (("threshold", C, 1e-3, 10), ("spread", spread, 0, 10), ("noise", noise, 0, 1e6)):
         if not least <= value <= most:
             raise ValueError(f"--{name} {value:g}: give {least:g} to {most:g}")
-    rng, found = np.random.default_rng(seed), []
+    rng, found, held = np.random.default_rng(seed), [], 0
     shown = ((time, log_intensity(frame)) for time, frame in frames)
     first = last = next(shown, (0, np.zeros((0, 0))))
     level = first[1]  # (H, W)
@@ -394,7 +394,8 @@ def camera(
         for p, step in steps.items():
             *crossings, level = _crossings(level, step, last, now)
             found.append((*crossings, np.full(len(crossings[0]), p, dtype=np.uint8)))
-            _check_room(sum(len(x) for x, *_ in found))
+            held += len(crossings[0])
+            _check_room(held)
         last = now
     if not found:
         raise ValueError("an event camera needs two frames or more")

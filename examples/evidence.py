@@ -93,22 +93,19 @@ def recomputed(model: EPVLM, sample: Sample, sparsity: float, question: str) -> 
     return replace(prompt, keep=first, keep_patches=patches, position_ids=positions)
 
 
-def mapped(model: EPVLM, sample: Sample, sparsity: float, question: str, E_v: np.ndarray) -> Prompt:
-    """Groups with most of any map of the image, in the place of E_v."""
-    return model.prompt(sample.image, E_v, question, sparsity)
-
-
 def random(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
-    return mapped(model, sample, sparsity, question, np.random.default_rng((sample.seed, 1)).random(sample.shape))
+    chance = np.random.default_rng((sample.seed, 1)).random(sample.shape)
+    return model.prompt(sample.image, chance, question, sparsity)  # any map can stand in the place of E_v
 
 
 def spread(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
-    return mapped(model, sample, sparsity, question, np.ones(sample.shape))  # all tie: the evenly spread order decides
+    equal = np.ones(sample.shape)  # all tie: the evenly spread order decides
+    return model.prompt(sample.image, equal, question, sparsity)
 
 
 def gradient(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
     down, right = np.gradient(np.asarray(sample.image.convert("L"), dtype=np.float64))
-    return mapped(model, sample, sparsity, question, np.hypot(down, right))
+    return model.prompt(sample.image, np.hypot(down, right), question, sparsity)
 
 
 def smaller(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
@@ -143,9 +140,7 @@ SELECTORS: dict[str, Callable] = {
 class Tally:
     """One row of the table, as it fills."""
 
-    right: dict[str, list[tuple[int, int]]] = field(
-        default_factory=lambda: defaultdict(list)
-    )  # (right, asked) by scene
+    right: dict[str, list] = field(default_factory=lambda: defaultdict(list))  # column: (right, asked) by scene
     tokens: list[int] = field(default_factory=list)  # by scene, as all below
     flops: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -159,17 +154,18 @@ COLUMNS: dict[str, Callable[[scenes.Question], bool]] = {
 }
 
 
-def chosen(seed: int) -> list[scenes.Question]:
+def chosen(scene: scenes.Scene, seed: int) -> list[scenes.Question]:
     """Questions of a scene that are about moving or about still things, or count."""
-    everything = scenes.questions(scenes.scene(seed))
-    return scenes.choose([q for q in everything if q.moving is not None or q.kind == "count"], QUESTIONS, seed)
+    fit = [q for q in scenes.questions(scene) if q.moving is not None or q.kind == "count"]
+    return scenes.choose(fit, QUESTIONS, seed)
 
 
 def samples(count: int) -> Iterator[Sample]:
     """Held-out scenes until they have `count` questions or more."""
     asked = 0
     for seed in range(scenes.TRAIN):
-        scene, questions = scenes.scene(seed), chosen(seed)
+        scene = scenes.scene(seed)
+        questions = chosen(scene, seed)
         recordings = scenes.record(scene), scenes.record(scene, spread=0.05, noise=2.0, seed=seed)
         yield Sample(Image.fromarray(scenes.render(scene)), *recordings, seed, questions)
         asked += len(questions)
@@ -262,10 +258,8 @@ def table(tallies: dict[tuple[float, str], Tally], guessed: list[str]) -> str:
 
 def kinds(questions: list[scenes.Question], right: list[bool]) -> str:
     """Right and asked of each kind of question, in words."""
-    asked, known = (
-        Counter(q.kind for q in questions),
-        Counter(q.kind for q, ok in zip(questions, right, strict=True) if ok),
-    )
+    asked = Counter(question.kind for question in questions)
+    known = Counter(question.kind for question, ok in zip(questions, right, strict=True) if ok)
     told = (f"{kind} {known[kind]} of {asked[kind]}" for kind in scenes.KINDS)
     return f"{sum(right)} of {len(right)} ({100 * np.mean(right):.1f} %): {', '.join(told)}"
 
@@ -292,7 +286,8 @@ def run(count: int, checkpoint: str | Path) -> None:
         print("\033[K", end="", file=sys.stderr)
     asked = ", ".join(f"{sum(map(belongs, questions))} {name}" for name, belongs in COLUMNS.items())
     print(f"Questions about {number} held-out scenes: {asked}.\nDense, right: {kinds(questions, right)}.\n")
-    print(table(tallies, guesses(questions, [q for k in range(500) for q in chosen(scenes.TRAIN + k)])))
+    seen = [q for seed in range(scenes.TRAIN, scenes.TRAIN + 500) for q in chosen(scenes.scene(seed), seed)]
+    print(table(tallies, guesses(questions, seen)))
 
 
 def main() -> int:
