@@ -24,9 +24,11 @@ import argparse
 import math
 import re
 import sys
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +166,13 @@ class EPVLM:
         start, end = prompt.image_start, prompt.image_start + H_v.shape[1]
         return torch.cat((H_q[:, :start], H_v, H_q[:, end:]), dim=1)  # Eq. 4
 
+    def flops(self, prompt: Prompt) -> tuple[int, int]:
+        """FLOPs up to the answer's first token, attention included: of this prompt, and with nothing dropped."""
+        kept = len(prompt.patches), int(prompt.keep.sum())
+        text = len(prompt.input_ids) - kept[1]
+        sizes = kept, (prompt.keep_patches.numel(), prompt.keep.numel())
+        return tuple(sum(self.vit.flops(*size) + self.llm.flops(text + size[1])) for size in sizes)
+
     @torch.inference_mode()
     def logits(self, prompt: Prompt) -> Tensor:
         """Scores of the token after each of the prompt's, (L, vocab_size) float32."""
@@ -186,9 +195,10 @@ class EPVLM:
 
     def stream(self, prompt: Prompt, max_new_tokens: int = 128, **sampling) -> Iterator[str]:
         """The same as text, in pieces that are whole UTF-8; joined they are the answer."""
-        return self._pieces(self.tokens(prompt, max_new_tokens, **sampling))
+        return self.pieces(self.tokens(prompt, max_new_tokens, **sampling))
 
-    def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
+    def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
+        """Token ids as text, in pieces that are whole UTF-8."""
         held: list[int] = []
         for token in tokens:
             held.append(token)
@@ -282,16 +292,25 @@ def run(args: argparse.Namespace) -> None:
         image = read_image(args.image)
         events = None if args.events == "none" else read_events(args.events, args.order, args.time_unit)
         model = EPVLM.from_pretrained(args.model, args.revision, args.device, args.dtype)
+        start = time.perf_counter()
         prompt = model.prompt(image, events, args.question, **{name: getattr(args, name) for name in names})
-        pieces = model.stream(prompt, args.max_new_tokens, **sampling)
+        tokens = model.tokens(prompt, args.max_new_tokens, **sampling)
     for warning in caught:
         print(f"epvlm: warning: {warning.message}", file=sys.stderr)
-    print(prompt, file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         show_progress(model)
-    for piece in pieces:
+    first = next(tokens)
+    took = f"first token after {time.perf_counter() - start:.2f} s"
+    print(f"{prompt}, {flops_text(*model.flops(prompt))}, {took}", file=sys.stderr, flush=True)
+    for piece in model.pieces(chain([first], tokens)):
         print(piece, end="", flush=True)
     print()
+
+
+def flops_text(packed: int, dense: int) -> str:
+    """Such as "9.17 of 22.54 TFLOPs"."""
+    size, unit = (1e12, "T") if dense >= 1e12 else (1e9, "G") if dense >= 1e9 else (1e6, "M")
+    return f"{packed / size:.2f} of {dense / size:.2f} {unit}FLOPs"
 
 
 def show_progress(model: EPVLM) -> None:

@@ -314,13 +314,17 @@ def literal_mask(S: np.ndarray, tau: float) -> np.ndarray:
     return S >= quantile  # Eq. 6
 
 
+def budget(cells: int, tau: float) -> int:
+    """How many of so many cells Eq. 6 keeps when nothing ties."""
+    return cells - math.ceil(round((1 - tau) * (cells - 1), 9))
+
+
 def budget_mask(S: np.ndarray, tau: float) -> np.ndarray:
-    """Eq. 6 with ties broken by a fixed, evenly spread order: keeps exactly as many cells as the quantile leaves when
-    nothing ties, n - ceil((1 - tau) (n - 1)) of n. Without ties it is `literal_mask`; more sparsity keeps a subset."""
-    kept = S.size - math.ceil(round((1 - tau) * (S.size - 1), 9))
+    """Eq. 6 with ties broken by a fixed, evenly spread order: keeps exactly `budget` cells. Without ties it is
+    `literal_mask`; more sparsity keeps a subset."""
     most_first = np.lexsort((spread_order(*S.shape).ravel(), -S.ravel()))
     mask = np.zeros(S.size, dtype=bool)
-    mask[most_first[:kept]] = True  # Eq. 6
+    mask[most_first[: budget(S.size, tau)]] = True  # Eq. 6
     return mask.reshape(S.shape)
 
 

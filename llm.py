@@ -192,6 +192,15 @@ class Decoder(nn.Module):
         head = self.model["embed_tokens"] if self.config.tie_word_embeddings else self.lm_head
         return F.linear(hidden, head.weight).float()
 
+    def flops(self, tokens: int, scored: int = 1) -> tuple[int, int]:
+        """FLOPs for so many tokens of which `scored` get logits, a multiply-add being two: those of the linear layers,
+        and those of attention as plain products, the whole square (a fused kernel skips what the causal mask hides).
+        Norms, activations and rotations are left out: under 1 %."""
+        config, D = self.config, self.config.hidden_size
+        layer = 2 * D * D + 2 * D * config.num_key_value_heads * config.head_dim + 3 * D * config.intermediate_size
+        linear = tokens * config.num_hidden_layers * layer + scored * D * config.vocab_size
+        return 2 * linear, 2 * config.num_hidden_layers * 2 * tokens**2 * D
+
 
 def sampler(temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Callable[[Tensor], int]:
     """How the next token is chosen from logits (vocab_size,): the largest at temperature 0, else drawn from the

@@ -179,7 +179,7 @@ class Merger(nn.Module):
         members = members[members.any(dim=1)]  # (groups kept, M_v^2)
         if not members.all():
             whole = Z_v.new_zeros(len(Z_v), members.numel(), Z_v.shape[-1])
-            whole[:, members.flatten()] = Z_v
+            whole[:, members.flatten().nonzero().squeeze(1)] = Z_v
             Z_v = whole
         return self.mlp(self.ln_q(Z_v).unflatten(1, (-1, self.slots)).flatten(2))
 
@@ -196,10 +196,21 @@ class VisionTransformer(nn.Module):
 
     def forward(self, patches: Tensor, keep: Tensor) -> Tensor:
         """patches (B, N', 1176) in the weights' dtype; keep (grid_h, grid_w) bool. Returns (B, tokens, hidden_size)."""
-        config, rows = self.config, _rows(keep, self.config).to(patches.device)
+        config, rows = self.config, _rows(keep, self.config).cpu()
         R_2D = rope_2d(*keep.shape, config.embed_dim // config.num_heads, config.rope_theta, config.spatial_merge_size)
-        cos, sin = cos_sin(pack(R_2D.to(patches.device), rows))  # Eq. 8: computed on the dense grid, then packed
+        cos, sin = cos_sin(pack(R_2D, rows).to(patches.device))  # Eq. 8: computed on the dense grid, then packed
         z = self.patch_embed(patches)
         for block in self.blocks:
             z = block(z, cos, sin)  # Eq. 9
         return self.merger(z, rows)  # Eq. 10
+
+    def flops(self, patches: int, groups: int) -> tuple[int, int]:
+        """FLOPs of `forward` for so many patches and groups kept, a multiply-add being two: those of the linear layers,
+        which grow with the patches, and those of attention (q k and its product with v), which grow with their square.
+        Norms, activations and rotations are left out: under 1 %."""
+        config, E = self.config, self.config.embed_dim
+        pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2  # of a patch
+        block = 4 * E * E + 2 * E * E * config.mlp_ratio  # qkv and proj, fc1 and fc2
+        joined = E * config.spatial_merge_size**2
+        linear = patches * (pixels * E + config.depth * block) + groups * joined * (joined + config.hidden_size)
+        return 2 * linear, 2 * config.depth * 2 * patches**2 * E

@@ -27,14 +27,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import scenes
 from epvlm import EPVLM, Prompt
-from events import Events, Parser, budget_mask, exit_status
+from events import Events, Parser, budget, exit_status
 from llm import mrope_positions
 from train_tiny import ask, score
 
@@ -60,7 +58,7 @@ class Sample:
 
     def budget(self, sparsity: float) -> int:
         """Groups that Eq. 6 keeps when nothing ties."""
-        return int(budget_mask(np.ones((self.image.height // 28, self.image.width // 28)), 1 - sparsity).sum())
+        return budget(self.image.height // 28 * (self.image.width // 28), 1 - sparsity)
 
 
 def dense(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
@@ -180,26 +178,16 @@ def answers(model: EPVLM, prompt: Prompt, questions: list[scenes.Question]) -> l
     return score(model, H_v, prompt.keep, *ask(model, questions))[1].tolist()
 
 
-def examine(model: EPVLM, choose: Callable, sample: Sample, sparsity: float, tally: Tally, costs: dict) -> list[bool]:
+def examine(model: EPVLM, choose: Callable, sample: Sample, sparsity: float, tally: Tally) -> list[bool]:
     """Asks all the questions of a sample, once its groups are chosen; returns which answers are right."""
     prompt = choose(model, sample, sparsity, sample.questions[0].text)
     right = answers(model, prompt, sample.questions)
     for name, belongs in COLUMNS.items():
         known = [ok for question, ok in zip(sample.questions, right, strict=True) if belongs(question)]
         tally.right[name].append((sum(known), len(known)))
-    size = len(prompt.patches), int(prompt.keep.sum()), len(prompt.input_ids)
-    if size not in costs:
-        costs[size] = flops(model, prompt)
-    tally.flops.append(costs[size])
-    tally.tokens.append(size[1])
+    tally.flops.append(model.flops(prompt)[0])
+    tally.tokens.append(int(prompt.keep.sum()))
     return right
-
-
-def flops(model: EPVLM, prompt: Prompt) -> int:
-    """Counted while it runs, with attention as plain products: the counter sees nothing of the fused kernel."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        next(model.tokens(prompt, max_new_tokens=1))
-    return counter.get_total_flops()
 
 
 def clock(model: EPVLM, choose: Callable, sample: Sample, sparsity: float) -> float:
@@ -268,13 +256,13 @@ def run(count: int, checkpoint: str | Path) -> None:
     if count < 1:
         raise ValueError(f"--questions {count}: give 1 or more")
     torch.set_num_threads(1)
-    model, costs = EPVLM.from_pretrained(checkpoint, device="cpu"), {}
+    model = EPVLM.from_pretrained(checkpoint, device="cpu")
     rows = {(0.0, "all of them: dense"): dense}
     rows |= {(sparsity, name): choose for sparsity in SPARSITIES for name, choose in SELECTORS.items()}
     tallies, questions, right = {row: Tally() for row in rows}, [], []
     for number, sample in enumerate(samples(count), 1):
         for (sparsity, name), choose in rows.items():
-            known = examine(model, choose, sample, sparsity, tallies[sparsity, name], costs)
+            known = examine(model, choose, sample, sparsity, tallies[sparsity, name])
             right += known if sparsity == 0 else []
             if number <= TIMED:
                 tallies[sparsity, name].seconds.append(clock(model, choose, sample, sparsity))

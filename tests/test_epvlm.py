@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,12 +50,21 @@ def refused(capsys, *arguments) -> str:
 # What it prints
 
 
+def told(line: str) -> str:
+    """What stderr says was kept, without the figures of cost, whose form is checked."""
+    match = re.fullmatch(r"(.*), \d+\.\d\d of \d+\.\d\d [MGT]FLOPs, first token after \d+\.\d\d s\n", line)
+    assert match, line
+    return match[1]
+
+
 def test_the_answer_is_on_stdout_and_the_rest_on_stderr(files):
     done = program("image.png", "events.npy", QUESTION, "--model", "model", "--max-new-tokens", "9", "--device", "cpu")
     model = EPVLM.from_pretrained("model", device="cpu")
     assert done.returncode == 0
     assert done.stdout == model.answer("image.png", "events.npy", QUESTION, max_new_tokens=9) + "\n"
-    assert done.stderr == "kept 24 of 48 patches (6 of 12 tokens), 100 events in 0.1 ms\n"
+    assert told(done.stderr) == "kept 24 of 48 patches (6 of 12 tokens), 100 events in 0.1 ms"
+    packed, dense = model.flops(model.prompt("image.png", "events.npy", QUESTION))
+    assert f" {packed / 1e6:.2f} of {dense / 1e6:.2f} MFLOPs, " in done.stderr and 0 < packed < dense
 
 
 def test_options_reach_the_model(files, capsys):
@@ -69,12 +79,12 @@ def test_options_reach_the_model(files, capsys):
     sampling = {"max_new_tokens": 5, "temperature": 1.5, "top_p": 0.9, "seed": 3}
     assert out == model.answer("image.png", "events.npy", QUESTION, **sampling, **options) + "\n"
     prompt = model.prompt("image.png", "events.npy", QUESTION, **options)
-    assert err == f"{prompt}\n" and ", 50 events in 0.0 ms" in err
+    assert told(err) == str(prompt) and ", 50 events in 0.0 ms" in err
 
 
 def test_none_is_the_dense_image(files, capsys):
     assert main(["image.png", "none", QUESTION, "--model", "model", "--max-new-tokens", "1"]) == 0
-    assert capsys.readouterr().err == "kept 48 of 48 patches (12 of 12 tokens), no events\n"
+    assert told(capsys.readouterr().err) == "kept 48 of 48 patches (12 of 12 tokens), no events"
 
 
 def test_the_prompt_holds_what_is_promised(files):
@@ -95,9 +105,9 @@ def test_the_prompt_holds_what_is_promised(files):
 def test_no_events_at_all_warns_and_keeps_evenly_spread_cells(files, capsys):
     np.save("empty.npy", np.load("events.npy")[:0])
     assert main(["image.png", "empty.npy", QUESTION, "--model", "model", "--max-new-tokens", "1"]) == 0
-    warning, kept = capsys.readouterr().err.splitlines()
+    warning, kept = capsys.readouterr().err.splitlines(keepends=True)
     assert warning.startswith("epvlm: warning: ") and "no events at all" in warning
-    assert kept == "kept 24 of 48 patches (6 of 12 tokens), 0 events in 0.0 ms"
+    assert told(kept) == "kept 24 of 48 patches (6 of 12 tokens), 0 events in 0.0 ms"
     with pytest.warns(UserWarning, match="no events"):
         keep = EPVLM.from_pretrained("model").prompt("image.png", "empty.npy", QUESTION).keep
     assert (keep.sum(1) >= 1).all() and (keep.sum(0) >= 1).all()
@@ -182,7 +192,7 @@ def test_choosing_patches_runs_no_layer_of_the_model_and_dropping_them_saves_mor
 def test_special_tokens_are_no_part_of_the_answer(checkpoint):
     model = checkpoint[2]
     tokens = [*model.tokenizer.encode("Hi").ids, model.special["im_end"]]
-    assert "".join(model._pieces(iter(tokens))) == "Hi"
+    assert "".join(model.pieces(iter(tokens))) == "Hi"
 
 
 def test_order_and_time_unit_reach_the_reader(files, capsys):
@@ -316,7 +326,7 @@ def test_pieces_are_whole_utf8_and_join_to_the_answer(checkpoint, text):
     _, _, model = checkpoint
     tokens = model.tokenizer.encode(text, add_special_tokens=False).ids
 
-    pieces = list(model._pieces(iter(tokens)))
+    pieces = list(model.pieces(iter(tokens)))
     assert "".join(pieces) == model.tokenizer.decode(tokens)
     assert all(pieces) and not any("\ufffd" in piece for piece in pieces if "\ufffd" not in text)
 
@@ -325,7 +335,7 @@ def test_an_answer_cut_inside_a_character_still_ends(checkpoint):
     _, _, model = checkpoint
     tokens = model.tokenizer.encode("动", add_special_tokens=False).ids[:-1]
 
-    assert "".join(model._pieces(iter(tokens))) == "\ufffd"
+    assert "".join(model.pieces(iter(tokens))) == "\ufffd"
 
 
 @given(
@@ -517,7 +527,7 @@ def test_a_closed_pipe_ends_silently(files):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         running.stdout.read(1)
         running.stdout.close()
-        assert running.stderr.read() == "kept 48 of 48 patches (12 of 12 tokens), no events\n"
+        assert told(running.stderr.read()) == "kept 48 of 48 patches (12 of 12 tokens), no events"
         assert running.wait() == 1
 
 
@@ -526,4 +536,4 @@ def test_the_real_frame_and_window(checkpoint, data, capsys):
     status = main([str(folder / "frame_00000002.png"), str(folder / "events_xypt_us.npy"), QUESTION, "--model",
                    str(checkpoint[0]), "--window", "67500", "87500", "--max-new-tokens", "2"])  # fmt: skip
     assert status == 0
-    assert capsys.readouterr().err == "kept 108 of 216 patches (27 of 54 tokens), 6957 events in 20.0 ms\n"
+    assert told(capsys.readouterr().err) == "kept 108 of 216 patches (27 of 54 tokens), 6957 events in 20.0 ms"
