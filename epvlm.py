@@ -56,6 +56,7 @@ from vit import ImageConfig, VisionConfig, VisionTransformer, packed_patches, sm
 
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 CHOICES = {"cell": ("group", "patch"), "ties": ("exact", "literal"), "polarity": ("count", "signed")}
+PROMPT_OPTIONS = ("cell", "ties", "polarity", "sensor", "window", "min_pixels", "max_pixels")
 SPECIAL = {name: f"<|{name}|>" for name in ("im_start", "im_end", "vision_start", "vision_end", "image_pad")}
 
 
@@ -254,15 +255,11 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("epvlm", description="Answers questions about an image from what moves.", allow_abbrev=False)
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of whatever asks a model about images with events."""
     add = parser.add_argument
-    add("image", help="image file")
-    add("events", help="recording or event map, .npy or .npz; the word none for the dense image")
-    add("question", help="what to ask")
     add("--model", default=DEFAULT_MODEL, help="checkpoint folder or hub id (default: %(default)s)")
     add("--revision", help="branch, tag or commit of the hub id")
-    add("--sparsity", type=float, default=0.5, help="fraction of cells dropped, in [0, 1) (default: %(default)s)")
     for name, what in (("cell", "mask cells: 28 or 14 pixels"), ("ties", "exact budget, or Eq. 6 as printed"),
                        ("polarity", "count events, or add them by sign")):  # fmt: skip
         add(f"--{name}", choices=CHOICES[name], default=CHOICES[name][0], help=f"{what} (default: %(default)s)")
@@ -273,17 +270,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--min-pixels", type=_count, help="smallest model input, pixels (default: the checkpoint's)")
     add("--max-pixels", type=_count, help="largest model input, pixels (default: the checkpoint's)")
     add("--max-new-tokens", type=_count, default=128, help="longest answer, tokens (default: %(default)s)")
+    add("--device", help="such as cpu or cuda (default: cuda if there is one)")
+    add("--dtype", choices=weights.DTYPES, help="default: the checkpoint's own")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser("epvlm", description="Answers questions about an image from what moves.", allow_abbrev=False)
+    add = parser.add_argument
+    add("image", help="image file")
+    add("events", help="recording or event map, .npy or .npz; the word none for the dense image")
+    add("question", help="what to ask")
+    add("--sparsity", type=float, default=0.5, help="fraction of cells dropped, in [0, 1) (default: %(default)s)")
+    add_options(parser)
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     add("--top-p", type=float, default=1.0, help="probability to draw from (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
-    add("--device", help="such as cpu or cuda (default: cuda if there is one)")
-    add("--dtype", choices=weights.DTYPES, help="default: the checkpoint's own")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
     """The command line's work. The small inputs are read first: a mistake there should not wait for a download."""
-    names = ("sparsity", "cell", "ties", "polarity", "sensor", "window", "min_pixels", "max_pixels")
+    options = {name: getattr(args, name) for name in PROMPT_OPTIONS}
     sampling = {name: getattr(args, name) for name in ("temperature", "top_p", "seed")}
     with warnings.catch_warnings(record=True) as caught:  # told below: where an error follows, it alone is told
         warnings.simplefilter("always", UserWarning)
@@ -293,7 +300,7 @@ def run(args: argparse.Namespace) -> None:
         events = None if args.events == "none" else read_events(args.events, args.order, args.time_unit)
         model = EPVLM.from_pretrained(args.model, args.revision, args.device, args.dtype)
         start = time.perf_counter()
-        prompt = model.prompt(image, events, args.question, **{name: getattr(args, name) for name in names})
+        prompt = model.prompt(image, events, args.question, args.sparsity, **options)
         tokens = model.tokens(prompt, args.max_new_tokens, **sampling)
     for warning in caught:
         print(f"epvlm: warning: {warning.message}", file=sys.stderr)

@@ -1,0 +1,342 @@
+"""Table 1 of the paper: what Qwen2-VL costs at each sparsity, and how well it answers RealWorldQA.
+
+    python examples/table1.py costs
+    python examples/table1.py accuracy --model Qwen/Qwen2-VL-2B-Instruct --data xai-org/RealworldQA
+    torchrun --nproc-per-node 4 examples/table1.py accuracy ...         the same, the rows dealt out to 4 processes
+
+`costs` needs no weights. `accuracy` needs `pip install -r examples/requirements.txt`. The tables go to standard output,
+as Markdown; the scoring rules, `exact` and `choice`, stand in realworldqa.py.
+
+Two counts of FLOPs, a multiply-add being two
+    linear           linear layers only, lm_head at every position: what the paper's counter saw, since it does not look
+                     into fused attention
+    all              what runs up to the first token of the answer: attention too, lm_head at the last position alone
+MACs are half of each.
+
+RealWorldQA has no events: unless recorded ones are given, they come from the still image by the event-camera model of
+events.py and a small saccade. Every answer is at once a line of the file that --answers names, so that --resume goes on
+after an interruption at any moment. Seconds are those of mask, prompt and answer; making the events is not in them.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from epvlm import EPVLM, PROMPT_OPTIONS, add_options, check_choices
+from events import Parser, budget, camera, check_output, exit_status, read_events, read_image, saccade
+from evidence import accuracy as interval
+from llm import Decoder, DecoderConfig
+from vit import VisionConfig, VisionTransformer
+
+try:
+    from realworldqa import Answers, Row, choice, count, exact, find, rows
+except ImportError:  # without pyarrow: `costs` alone
+    Answers = None
+
+MODELS = {
+    "2B": DecoderConfig(151936, 1536, 8960, 28, 12, 2, rms_norm_eps=1e-6, tie_word_embeddings=True),
+    "7B": DecoderConfig(152064, 3584, 18944, 28, 28, 4, rms_norm_eps=1e-6),
+    "72B": DecoderConfig(152064, 8192, 29568, 80, 64, 8, rms_norm_eps=1e-6),
+}
+SPARSITIES = (0.0, 0.3, 0.5, 0.7)
+ENCLOSING = 2  # tokens of text that enclose the image: <|vision_start|> and <|vision_end|>
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A row of the paper's Table 1."""
+
+    params: float  # billions
+    accuracy: float  # per cent
+    flops: float  # T
+    macs: float  # T
+
+
+PAPER = {
+    ("2B", 0.0): Printed(2.21, 62.9, 14.7, 7.4),
+    ("2B", 0.3): Printed(2.21, 62.7, 10.3, 5.2),
+    ("2B", 0.5): Printed(2.21, 61.4, 7.4, 3.7),
+    ("2B", 0.7): Printed(2.21, 59.1, 4.5, 2.2),
+    ("7B", 0.0): Printed(8.29, 70.1, 31.1, 15.5),
+    ("7B", 0.3): Printed(8.29, 67.3, 24.7, 12.3),
+    ("7B", 0.5): Printed(8.29, 67.2, 17.9, 8.9),
+    ("7B", 0.7): Printed(8.29, 64.8, 11.1, 5.5),
+}
+
+
+# Costs
+
+
+def modules(text: DecoderConfig) -> tuple[VisionTransformer, Decoder]:
+    """Our own modules at a published size, on the meta device: shapes without weights."""
+    with torch.device("meta"):
+        return VisionTransformer(VisionConfig(hidden_size=text.hidden_size)), Decoder(text)
+
+
+def both_counts(vit: VisionTransformer, llm: Decoder, patches: int, groups: int, text: int) -> tuple[int, int]:
+    """FLOPs of a prompt by the two counts, "linear" and "all". text: its tokens besides the `groups` of the image."""
+    tokens, seen = groups + text, vit.flops(patches, groups)
+    return seen[0] + llm.flops(tokens, scored=tokens)[0], sum(seen) + sum(llm.flops(tokens))
+
+
+def costs(patches: int, text: int) -> None:
+    if patches < 4 or patches % 4 or text < 1:
+        raise ValueError(f"--patches {patches} and --text {text}: give a multiple of 4, and 1 or more")
+    print(f"{patches} patches ({patches // 4} tokens), {text} tokens of text and {ENCLOSING} that enclose the image.\n")
+    heads = ["model", "sparsity", "params B", "paper", *(f"{name} {count}" for name in ("FLOPs T", "MACs T")
+             for count in ("linear", "paper", "linear − paper", "all"))]  # fmt: skip
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
+    told = []
+    for name, config in MODELS.items():
+        vit, llm = modules(config)
+        params = sum(parameter.numel() for part in (vit, llm) for parameter in part.parameters()) / 1e9
+        found = {}
+        for sparsity in SPARSITIES:
+            groups = budget(patches // 4, 1 - sparsity)
+            found[sparsity] = [n / 1e12 for n in both_counts(vit, llm, 4 * groups, groups, text + ENCLOSING)]
+            print(f"| {' | '.join(cost_cells(name, sparsity, params, *found[sparsity]))} |")
+        told += misfits(name, found)
+        saved = (f"{1 - found[0.5][n] / found[0.0][n]:.1%}" for n in (0, 1))
+        told.append("{}: sparsity 0.5 saves {} of the linear layers' FLOPs, {} of all.".format(name, *saved))
+    for name, how in (("2B", "as parts of the dense one"), ("7B", "in points")):
+        dense, half = (PAPER[name, sparsity].accuracy for sparsity in (0.0, 0.5))
+        lost = f"at 0.5 {dense - half:.1f} points, {(dense - half) / dense:.1%} of {dense}"
+        told.append(f"{name}: the paper prints losses of accuracy {how}; {lost}.")
+    print("\n" + "\n".join(f"- {line}" for line in told))
+
+
+def cost_cells(name: str, sparsity: float, params: float, linear: float, everything: float) -> list[str]:
+    printed = PAPER.get((name, sparsity))
+    cells = [name, f"{sparsity:g}", f"{params:.2f}", f"{printed.params:.2f}" if printed else "–"]
+    for share, paper in ((1, printed and printed.flops), (0.5, printed and printed.macs)):
+        beside = [f"{paper:.1f}", f"{share * linear - paper:+.2f}"] if printed else ["–", "–"]
+        cells += [f"{share * linear:.2f}", *beside, f"{share * everything:.2f}"]
+    return cells
+
+
+def misfits(name: str, found: dict[float, list[float]]) -> Iterator[str]:
+    """Cells of the paper that are not what its count gives, to the digit."""
+    for sparsity, (linear, _) in found.items():
+        if printed := PAPER.get((name, sparsity)):
+            for what, paper, ours in (("FLOPs", printed.flops, linear), ("MACs", printed.macs, linear / 2)):
+                if f"{ours:.1f}" != f"{paper:.1f}":
+                    yield f"{name} at {sparsity:g}: the paper prints {paper} T {what}, its count gives {ours:.2f}."
+
+
+# Accuracy
+
+
+def run(args: argparse.Namespace) -> None:
+    """Asks what has not been asked yet, and prints the table of all answers."""
+    check(args)
+    rank, world, device = processes(args.device)
+    recordings = recorded(args.events) if args.events else None
+    files = find(args.data, args.data_revision)
+    total = count(files)
+    answers = Answers(args.answers, rank, {"rows": total, **settings(args)})
+    if answers.parts() and not args.resume:
+        raise ValueError(f"{args.answers}: has answers already; go on with --resume, or give another with --answers")
+    known = shared(answers.read(), world)
+    units = [(row, sparsity) for row in range(min(args.limit or total, total)) for sparsity in args.sparsity]
+    pending: dict[int, list[float]] = {}  # row: sparsities
+    for row, sparsity in units:
+        if (row, sparsity) not in known:
+            pending.setdefault(row, []).append(sparsity)
+    pending = {row: pending[row] for row in list(pending)[rank::world]}  # dealt out like cards
+    model = EPVLM.from_pretrained(args.model, args.revision, device, args.dtype)
+    answers.open()
+    own = []
+    for number, row in rows(files, set(pending)):
+        for record in ask(model, number, row, pending[number], recordings, args):
+            answers.append(record)
+            own.append(record)
+            if sys.stderr.isatty() and rank == 0:
+                show(own, sum(map(len, pending.values())))
+    known |= shared(own, world)
+    if rank == 0:
+        answers.join([known[unit] for unit in sorted(known)])
+        params = sum(parameter.numel() for part in (model.vit, model.llm) for parameter in part.parameters())
+        print(table([known[unit] for unit in units], args.sparsity, params))
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+        if rank:
+            answers.own.unlink(missing_ok=True)  # joined
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that cannot be, before any work."""
+    if Answers is None:
+        raise ValueError("pyarrow is not installed; pip install -r examples/requirements.txt")
+    args.sparsity = list(dict.fromkeys(args.sparsity))
+    for sparsity in args.sparsity:
+        check_choices(sparsity)
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit {args.limit}: give 1 or more")
+    if args.events is None and (args.sensor or args.window or args.time_unit or args.order):
+        raise ValueError("--sensor, --window, --time-unit and --order are for recorded events; leave them out")
+    check_output(args.answers)
+    next(saccade(np.zeros((1, 1, 3)), args.radius))
+    camera([(0, np.zeros((1, 1))), (1, np.zeros((1, 1)))], args.threshold)
+
+
+def settings(args: argparse.Namespace) -> dict:
+    """What answers depend on, as JSON gives it back."""
+    names = ("model", "revision", "data", "data_revision", "events", "radius", "threshold", "time_unit", "order",
+             "max_new_tokens", "dtype", *PROMPT_OPTIONS)  # fmt: skip
+    return json.loads(json.dumps({name: getattr(args, name) for name in names}, default=str))
+
+
+def processes(device: str | None) -> tuple[int, int, str | None]:
+    """This process's rank, how many there are, and its device: as torchrun says, else alone."""
+    rank, world, local = (
+        int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if world > 1:
+        device = device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+        gpu = device.startswith("cuda")
+        if gpu:
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=30))  # they wait for the slowest
+    return rank, world, device
+
+
+def shared(records: list[dict], world: int) -> dict[tuple[int, float], dict]:
+    """The records of all processes, by row and sparsity."""
+    parts = [records]
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, records)
+    return {(record["row"], record["sparsity"]): record for part in parts for record in part}
+
+
+def recorded(folder: Path) -> dict[int, Path]:
+    """Recordings by the number of their row, counted from 0: 7.npy, 00007.npy or 7.npz."""
+    found: dict[int, Path] = {}
+    for path in sorted(folder.glob("*.np[yz]")):
+        if path.stem.isdecimal() and found.setdefault(int(path.stem), path) != path:
+            raise ValueError(f"{path}: row {int(path.stem)} has {found[int(path.stem)].name} already; remove one")
+    if not found:
+        raise ValueError(f"{folder}: no recording named by its row, such as 0.npy; give their folder")
+    return found
+
+
+def answer(model: EPVLM, row: Row, events, sparsity: float, args: argparse.Namespace) -> dict:
+    """One question asked; what the table needs to know of it."""
+    options = {name: getattr(args, name) for name in PROMPT_OPTIONS}
+    start = time.perf_counter()
+    prompt = model.prompt(row.image, events if sparsity else None, row.question, sparsity, **options)
+    said = "".join(model.stream(prompt, args.max_new_tokens))
+    took = time.perf_counter() - start
+    groups = int(prompt.keep.sum())
+    linear, everything = both_counts(model.vit, model.llm, len(prompt.patches), groups, len(prompt.input_ids) - groups)
+    return {"answer": said, "key": row.answer, "exact": exact(row.question, row.answer, said),
+            "choice": choice(row.question, row.answer, said), "tokens": groups, "of": prompt.keep.numel(),
+            "linear": linear, "all": everything, "seconds": round(took, 4)}  # fmt: skip
+
+
+def ask(model: EPVLM, number: int, row, sparsities: list[float], recordings: dict | None, args) -> Iterator[dict]:
+    """The answers of a row at each sparsity; where it is bad, what is wrong with it."""
+    events = None
+    for sparsity in sparsities:
+        record = {"row": number, "sparsity": sparsity}
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            row = row._replace(image=read_image(row.image))
+            if sparsity and events is None:
+                if recordings is None:
+                    events = camera(saccade(np.asarray(row.image), args.radius), args.threshold)
+                elif number in recordings:
+                    events = read_events(recordings[number], args.order, args.time_unit)
+                else:
+                    raise ValueError(f"{args.events}: no recording of row {number}")
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                record |= answer(model, row, events, sparsity, args)
+            yield record | ({"warning": str(caught[0].message)} if caught else {})
+        except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
+            yield record | {"error": " ".join(str(error).split())[:300] or type(error).__name__}
+
+
+def show(records: list[dict], total: int) -> None:
+    """The bar on a terminal, with what is right by `exact` so far."""
+    right: dict[float, list[bool]] = {}
+    for record in records:
+        right.setdefault(record["sparsity"], []).extend([record["exact"]] if "exact" in record else [])
+    told = ", ".join(
+        f"{sparsity:g}: {100 * np.mean(known):.1f} %" for sparsity, known in sorted(right.items()) if known
+    )
+    bad = sum("error" in record for record in records)
+    told += f", {bad} bad" if bad else ""
+    bar = "#" * (30 * len(records) // total)
+    print(f"\r\033[K[{bar:30}] {len(records)} of {total}  {told}", end="", file=sys.stderr, flush=True)
+    if len(records) == total:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def table(records: list[dict], sparsities: list[float], params: int) -> str:
+    """Markdown: a row for each sparsity, and what could not be asked."""
+    heads = ("sparsity", "exact, % (95 %)", "right of asked", "choice, % (95 %)", "right of asked", "paper, %",
+             "tokens", "of", "FLOPs T linear", "paper T", "FLOPs T all", "s a question")  # fmt: skip
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    name = next((name for (name, _), printed in PAPER.items() if printed.params == round(params / 1e9, 2)), None)
+    for sparsity in sparsities:
+        here = [record for record in records if record["sparsity"] == sparsity and "exact" in record]
+        cells = [f"{sparsity:g}"]
+        for rule in ("exact", "choice"):
+            right = [record[rule] for record in here]
+            cells += [interval([(ok, 1) for ok in right]), f"{sum(right)} of {len(right)}"]
+        mean = {
+            key: np.mean([record[key] for record in here]) if here else 0 for key in ("tokens", "of", "linear", "all")
+        }
+        printed = PAPER.get((name, sparsity))
+        cells += [f"{printed.accuracy}" if printed else "–", f"{mean['tokens']:.1f}", f"{mean['of']:.1f}"]
+        cells += [f"{mean['linear'] / 1e12:.4g}", f"{printed.flops}" if printed else "–", f"{mean['all'] / 1e12:.4g}"]
+        cells += [f"{np.median([record['seconds'] for record in here]):.2f}" if here else "–"]
+        lines.append(f"| {' | '.join(cells)} |")
+    bad = {record["row"]: record["error"] for record in records if "error" in record}
+    if bad:
+        lines.append(f"\n{len(bad)} bad rows, not among those asked; the first is {min(bad)}: {bad[min(bad)]}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = Parser(
+        "table1", description="The paper's Table 1: costs, and accuracy on RealWorldQA.", allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="costs | accuracy")
+    add = commands.add_parser("costs", help="parameters, FLOPs and MACs; needs no weights").add_argument
+    add("--patches", type=int, default=7056, help="of the dense image (default: %(default)s)")
+    add("--text", type=int, default=60, help="tokens of text (default: %(default)s)")
+    asked = commands.add_parser("accuracy", help="asks the questions of RealWorldQA", allow_abbrev=False)
+    add = asked.add_argument
+    add("--data", required=True, help="parquet file, folder of such, or dataset on the hub (xai-org/RealworldQA)")
+    add("--data-revision", help="branch, tag or commit of that dataset")
+    add("--answers", type=Path, default=Path("answers.jsonl"), help="file of all answers (default: %(default)s)")
+    add("--resume", action="store_true", help="go on with the answers of an interrupted run")
+    add("--limit", type=int, help="ask of the first rows only")
+    add("--sparsity", type=float, nargs="+", default=list(SPARSITIES), help="one or more (default: 0 0.3 0.5 0.7)")
+    add("--events", type=Path, help="folder of recordings, 0.npy, 1.npy, ... by row (default: the event camera's)")
+    add("--radius", type=float, default=2.0, help="of the event camera's saccade, pixels (default: %(default)s)")
+    add("--threshold", type=float, default=0.2, help="of the event camera (default: %(default)s)")
+    add_options(asked)
+    args = parser.parse_args()
+    return exit_status("table1", lambda: costs(args.patches, args.text) if args.command == "costs" else run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,376 @@
+"""Table 1: the costs to the digit; the scoring rules on written-out cases; a run on a small file like RealWorldQA."""
+
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+import scenes
+import table1
+import weights
+from epvlm import EPVLM
+from events import save_events
+from llm import DecoderConfig
+from realworldqa import NUMBERS, choice, count, exact, find, normalise, options, rows
+from table1 import MODELS, PAPER, SPARSITIES, modules
+from vit import VisionConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT, TINY = ROOT / "examples" / "table1.py", ROOT / "examples" / "tiny"
+SIDES = "Which way does the wheel face?\n\nA. Left\nB. Straight\nC. Right\nPlease answer with the letter only."
+
+
+def script(*arguments, processes=0, cwd=None, env=None, **kwargs) -> subprocess.CompletedProcess:
+    deal = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes else []
+    command = [sys.executable, *deal, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env={**os.environ, **(env or {})}, **kwargs)
+
+
+def cells(markdown: str) -> list[list[str]]:
+    """The rows of the table, without its head."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+# Costs
+
+
+def test_costs_are_those_of_the_paper_to_the_digit_where_it_agrees_with_itself():
+    done = script("costs")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = {(row[0], float(row[1])): row[2:] for row in cells(done.stdout)}
+    assert set(found) == {(name, sparsity) for name in MODELS for sparsity in SPARSITIES}
+    expected = {"2B": ("2.21", 14.7, 10.3, 7.4, 4.5), "7B": ("8.29", 34.9, 24.7, 17.9, 11.1)}
+    for name, (params, *flops) in expected.items():
+        for sparsity, value in zip(SPARSITIES, flops, strict=True):
+            row, printed = found[name, sparsity], PAPER[name, sparsity]
+            assert row[0] == params == f"{printed.params:.2f}"
+            assert round(float(row[2]), 1) == value and float(row[3]) == printed.flops
+            assert float(row[4]) == pytest.approx(float(row[2]) - printed.flops, abs=0.011)
+            assert float(row[6]) == pytest.approx(float(row[2]) / 2, abs=0.011) and float(row[7]) == printed.macs
+            assert float(row[5]) > float(row[2]) and float(row[9]) == pytest.approx(float(row[5]) / 2, abs=0.011)
+    assert "7B at 0: the paper prints 31.1 T FLOPs, its count gives 34.88." in done.stdout
+    assert done.stdout.count("T FLOPs, its count gives") == 1  # the only cell of FLOPs that does not fit
+    assert "2B: sparsity 0.5 saves 49.3% of the linear layers' FLOPs, 59.3% of all." in done.stdout
+
+
+def test_parameters_are_those_of_the_published_models():
+    for name, expected in (("2B", 2_208_985_600), ("7B", 8_291_375_616), ("72B", 73_405_560_320)):
+        parts = modules(MODELS[name])
+        assert sum(parameter.numel() for part in parts for parameter in part.parameters()) == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sizes_are_those_of_the_published_configs(data, tmp_path, name):
+    (tmp_path / "config.json").write_text((data / "qwen2-vl" / "layouts" / f"flat_{name}.json").read_text())
+    vision, text = weights.read_config(tmp_path)
+    assert weights.fill(DecoderConfig, text, tmp_path) == MODELS[name]
+    assert weights.fill(VisionConfig, vision, tmp_path) == VisionConfig(hidden_size=MODELS[name].hidden_size)
+
+
+def test_another_image_and_text_can_be_given_and_wrong_ones_are_refused():
+    small = cells(script("costs", "--patches", 64, "--text", 5).stdout)
+    vit, llm = modules(MODELS["2B"])
+    linear = vit.flops(64, 16)[0] + llm.flops(16 + 5 + 2, 16 + 5 + 2)[0]
+    assert small[0][4] == f"{linear / 1e12:.2f}"
+    for wrong in (("--patches", 66), ("--patches", 0), ("--text", 0)):
+        done = script("costs", *wrong)
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
+# Scoring rules: question, key, answer, right by exact, right by choice
+
+CASES = [
+    (SIDES, "C", "C", True, True),
+    (SIDES, "C", "c.", True, True),
+    (SIDES, "C", " C. ", True, True),
+    (SIDES, "C", "Right", True, True),
+    (SIDES, "C", "right.", True, True),
+    (SIDES, "C", "C. Right", True, True),
+    (SIDES, "C", "(C)", True, True),
+    (SIDES, "C", "C) right", True, True),
+    (SIDES, "Right", "C", True, True),
+    (SIDES, "C", "The answer is C.", False, True),
+    (SIDES, "C", "C, because the wheel is turned.", False, True),
+    (SIDES, "C", "It faces right", False, False),
+    (SIDES, "C", "A", False, False),
+    (SIDES, "C", "Either B or C", False, False),  # not one letter
+    (SIDES, "C", "CAT", False, False),  # not a letter alone
+    (SIDES, "C", "D", False, False),
+    (SIDES, "C", "", False, False),
+    (SIDES, "A", "A", True, True),
+    (SIDES, "A", "A is right", False, True),
+    (SIDES, "A", "A car turns left", False, False),  # the article
+    (SIDES, "C", "A car turns. It is C", False, True),
+    (SIDES, "B", "the wheel faces a wall: B", False, True),
+    ("How many cars?", "2", "two", True, True),
+    ("How many cars?", "2", "Two.", True, True),
+    ("How many cars?", "twenty-one", "21", True, True),
+    ("How many cars?", "2", "2 cars", False, False),
+    ("How many cars?", "two cars", "2  cars", True, True),
+    ("How many cars?", "12", "1", False, False),
+    ("Is it day?", "Yes", "yes.", True, True),
+    ("Is it day?", "Yes", "No", False, False),
+    ("Is it day?", "Yes", "Yes, it is", False, False),  # no options: as exact
+    ("How many?\nA. 2\nB. 3", "A", "two", True, True),
+    ("How many?\n(A) 2\n(B) 3", "B", "3", True, True),
+    ("Same?\nA. no\nB. no", "A", "no", False, False),  # two options of one text
+    ("Odd list?\nB. one\nC. two", "B", "one", False, False),  # no options: they do not begin with A
+    ("Odd list?\nA. one", "A", "one", False, False),  # nor is one line a choice
+    (SIDES, "Green", "C", False, False),  # a key that is no option: as exact
+    (SIDES, "Green", "green.", True, True),
+]
+
+
+@pytest.mark.parametrize("question, key, answer, by_exact, by_choice", CASES)
+def test_scoring_rules(question, key, answer, by_exact, by_choice):
+    assert (exact(question, key, answer), choice(question, key, answer)) == (by_exact, by_choice)
+
+
+def test_options_and_number_words():
+    assert options(SIDES) == {"A": "Left", "B": "Straight", "C": "Right"}
+    assert options("A: one\r\nB: two\r\n") == {"A": "one", "B": "two"} and options("What?") == {}
+    assert len(NUMBERS) == 100
+    assert set(NUMBERS.values()) == {str(n) for n in range(100)}
+    assert [NUMBERS[word] for word in ("zero", "nine", "thirteen", "forty", "ninety-nine")] == [
+        "0",
+        "9",
+        "13",
+        "40",
+        "99",
+    ]
+    assert normalise("  Two   RED cars. ") == "2 red cars" and normalise("3.5") == "3.5"
+
+
+# Accuracy
+
+COMMON = ("--model", str(TINY), "--max-new-tokens", "8", "--device", "cpu")
+
+
+def table_of(made: list[dict], path: Path) -> Path:
+    parquet.write_table(pyarrow.Table.from_pylist(made), path, row_group_size=3)
+    return path
+
+
+def row(seed: int, place: int) -> dict:
+    """In RealWorldQA's columns."""
+    made, file = scenes.scene(seed), io.BytesIO()
+    question = scenes.questions(made)[place]
+    Image.fromarray(scenes.render(made)).save(file, "PNG")
+    picture = {"bytes": file.getvalue(), "path": f"{seed}.png"}
+    return {"image": picture, "question": question.text, "answer": question.answer, "image_path": f"{seed}.png"}
+
+
+@pytest.fixture(scope="module")
+def rwqa(tmp_path_factory) -> Path:
+    """12 rows, of which row 4 has no question and row 7 a broken image."""
+    made = [row(seed, place) for seed in range(6) for place in (0, -1)]
+    made[4]["question"] = None
+    made[7]["image"] = {"bytes": made[7]["image"]["bytes"][:200], "path": "broken.png"}
+    return table_of(made, tmp_path_factory.mktemp("rwqa") / "test.parquet")
+
+
+def ask(rwqa: Path, *options, **kwargs) -> subprocess.CompletedProcess:
+    return script(
+        "accuracy", "--model", TINY, "--data", rwqa, "--max-new-tokens", 8, "--device", "cpu", *options, **kwargs
+    )
+
+
+def records(path: Path) -> list[dict]:
+    first, *found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert list(first) == ["settings"]
+    return found
+
+
+def lasting(found: list[dict]) -> list[dict]:
+    """All but the seconds, which no two runs share."""
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in found]
+
+
+def shown(markdown: str) -> list[list[str]]:
+    """The table but its last column, the seconds."""
+    return [row[:-1] for row in cells(markdown)]
+
+
+@pytest.fixture(scope="module")
+def single(rwqa, tmp_path_factory):
+    """The run of one process, and the folder with its answers.jsonl."""
+    folder = tmp_path_factory.mktemp("single")
+    done = ask(rwqa, cwd=folder)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done, folder
+
+
+def test_every_question_is_asked_and_scored(rwqa, single):
+    done, folder = single
+    found, model = records(folder / "answers.jsonl"), EPVLM.from_pretrained(TINY, device="cpu")
+    assert [(r["row"], r["sparsity"]) for r in found] == [(n, s) for n in range(12) for s in SPARSITIES]
+    assert sorted({r["row"] for r in found if "error" in r}) == [4, 7]
+    asked = dict(rows([rwqa], set(range(12))))
+    for record in found:
+        row = asked[record["row"]]
+        if record["row"] in (4, 7):
+            assert record["error"].startswith(
+                ("the row's question is None", "the image: not an image that can be read")
+            )
+            continue
+        if record["sparsity"] == 0:
+            said = model.answer(row.image, None, row.question, max_new_tokens=8)
+            assert record["answer"] == said and record["key"] == row.answer and record["exact"] == (said == row.answer)
+            assert record["tokens"] == record["of"]
+        linear, everything = record["linear"], record["all"]
+        assert 0 < linear < everything and record["tokens"] <= record["of"] and record["seconds"] > 0
+    dense, _, half, _ = shown(done.stdout)
+    right = [r["exact"] for r in found if r["sparsity"] == 0 and "exact" in r]
+    assert len(right) == 10 and dense[:5] == ["0", dense[1], f"{sum(right)} of 10", dense[3], f"{sum(right)} of 10"]
+    assert dense[1].startswith(f"{10 * sum(right)}.0 (") and dense[5] == "–"
+    tokens = [r["tokens"] for r in found if r["sparsity"] == 0.5 and "tokens" in r]
+    assert half[0] == "0.5" and half[6] == f"{np.mean(tokens):.1f}" and float(half[6]) < 0.55 * float(half[7])
+    assert "2 bad rows, not among those asked; the first is 4: the row's question is None" in done.stdout
+
+
+def test_two_processes_do_the_same(rwqa, single, tmp_path):
+    done = ask(rwqa, "--answers", "two.jsonl", processes=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["two.jsonl"]
+    assert lasting(records(tmp_path / "two.jsonl")) == lasting(records(single[1] / "answers.jsonl"))
+    assert shown(done.stdout) == shown(single[0].stdout)
+
+
+def test_it_goes_on_after_a_kill_at_any_moment(rwqa, single, tmp_path):
+    """Killed while it starts, loads, asks; whatever was answered stays as it was, and nothing is asked twice."""
+    options, path, seen = ("--resume", "--answers", "a.jsonl"), tmp_path / "a.jsonl", []
+    chance = random.Random(0)
+    for _ in range(40):
+        command = [
+            sys.executable,
+            SCRIPT,
+            "accuracy",
+            "--model",
+            TINY,
+            "--data",
+            rwqa,
+            "--max-new-tokens",
+            "8",
+            *options,
+        ]
+        with subprocess.Popen([*map(str, command), "--device", "cpu"], cwd=tmp_path, stdout=-1, stderr=-1) as running:
+            before, wanted = len(seen), chance.randrange(1, 17)
+            while running.poll() is None:
+                whole = path.read_bytes().count(b"\n") - 1 if path.exists() else -1
+                if whole >= before + wanted:
+                    running.kill()
+                    break
+                time.sleep(0.002)
+        now = path.read_bytes().split(b"\n")[1:-1]
+        assert now[: len(seen)] == seen
+        seen = now
+        with path.open("ab") as file:  # as if it had been killed in the midst of a line
+            file.write(b'{"row": 11, "sparsity": 0.')
+        if len(seen) == 48:
+            break
+    assert len(seen) == 48
+    done = ask(rwqa, *options, cwd=tmp_path)
+    assert done.returncode == 0 and lasting(records(path)) == lasting(records(single[1] / "answers.jsonl"))
+    assert shown(done.stdout) == shown(single[0].stdout)
+
+
+def test_any_number_of_processes_goes_on_where_others_stopped(rwqa, single, tmp_path):
+    lines = (single[1] / "answers.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_bytes(b"".join(lines[:20]))
+    (tmp_path / "a.rank1.jsonl").write_bytes(lines[0] + b"".join(lines[25:30]))
+    (tmp_path / "a.rank7.jsonl").write_bytes(lines[0] + b"".join(lines[28:32]) + b'{"row"')
+    done = ask(rwqa, "--resume", "--answers", "a.jsonl", processes=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    kept = records(tmp_path / "a.jsonl")
+    assert lasting(kept) == lasting(records(single[1] / "answers.jsonl")) and shown(done.stdout) == shown(
+        single[0].stdout
+    )
+    there = [json.loads(line) for line in lines[1:20] + lines[25:32]]
+    assert all(record in kept for record in there)  # with their seconds: not asked again
+
+
+def test_a_longer_run_takes_over_a_shorter_one(rwqa, single, tmp_path):
+    ask(rwqa, "--limit", 3, "--sparsity", 0.5, cwd=tmp_path)
+    first = records(tmp_path / "answers.jsonl")
+    assert [(r["row"], r["sparsity"]) for r in first] == [(0, 0.5), (1, 0.5), (2, 0.5)]
+    done = ask(rwqa, "--resume", cwd=tmp_path)
+    assert shown(done.stdout) == shown(single[0].stdout)
+    assert all(record in records(tmp_path / "answers.jsonl") for record in first)
+
+
+def test_recorded_events_are_taken_by_row(rwqa, tmp_path):
+    (tmp_path / "recorded").mkdir()
+    for number, name in ((0, "0.npy"), (1, "00001.npy"), (3, "3.npy")):
+        save_events(scenes.record(scenes.scene(number // 2)), tmp_path / "recorded" / name)
+    done = ask(rwqa, "--events", "recorded", "--limit", 4, "--sparsity", 0.5, "--cell", "patch", cwd=tmp_path)
+    found = records(tmp_path / "answers.jsonl")
+    assert done.returncode == 0 and found[2]["error"] == "recorded: no recording of row 2"
+    model, asked = EPVLM.from_pretrained(TINY, device="cpu"), dict(rows([rwqa], {3}))[3]
+    prompt = model.prompt(asked.image, tmp_path / "recorded" / "3.npy", asked.question, cell="patch")
+    assert found[3]["tokens"] == int(prompt.keep.sum()) and found[3]["all"] == model.flops(prompt)[0]
+    (tmp_path / "recorded" / "003.npz").write_bytes(b"")
+    assert "row 3 has" in ask(rwqa, "--events", "recorded", "--resume", cwd=tmp_path).stderr
+
+
+def test_what_cannot_be_is_told_in_a_line_before_the_model_is_loaded(rwqa, single, tmp_path):
+    (tmp_path / "broken.parquet").write_bytes(rwqa.read_bytes()[:-100])
+    table_of([{"image": b"", "answer": "1"}], tmp_path / "lacking.parquet")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.jsonl").write_text("hello\n")
+    path = single[1] / "answers.jsonl"
+    for arguments, told in (
+        (("--data", tmp_path / "broken.parquet"), "not a parquet file"),
+        (("--data", tmp_path / "lacking.parquet"), "no column question"),
+        (("--data", tmp_path / "empty"), "no .parquet file"),
+        (("--data", "no-such/dataset"), "no-such/dataset: neither a file nor"),
+        (("--answers", path), "has answers already"),
+        (("--answers", path, "--resume", "--model", TINY, "--max-new-tokens", 9), "made with max_new_tokens 8, not 9"),
+        (("--answers", "text.jsonl", "--resume"), "something else than answers"),
+        (("--answers", "no/such.jsonl"), "cannot be written there"),
+        (("--events", "empty"), "no recording named by its row"),
+        (("--sensor", "10x10"), "for recorded events"),
+        (("--sparsity", 1), "not in [0, 1)"),
+        (("--limit", 0), "--limit 0"),
+        (("--threshold", 0), "--threshold 0"),
+        (("--radius", 99), "--radius 99"),
+    ):
+        done = ask(rwqa, "--model", "none", *arguments, cwd=tmp_path, env={"HF_HUB_OFFLINE": "1"})
+        assert (done.returncode, done.stdout) == (2, ""), arguments
+        assert told in done.stderr and done.stderr.startswith("table1: error: ") and done.stderr.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.parquet", "empty", "lacking.parquet", "text.jsonl"]
+
+
+def test_a_dataset_in_the_hubs_cache_is_found(rwqa, tmp_path, monkeypatch):
+    folder = tmp_path / "hub" / "datasets--xai-org--RealworldQA"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    data = folder / "snapshots" / ("0" * 40) / "data"
+    data.mkdir(parents=True)
+    for part in (1, 0):
+        (data / f"test-0000{part}-of-00002.parquet").symlink_to(rwqa)
+    env = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = ask("xai-org/RealworldQA", "--limit", 14, "--sparsity", 0.5, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    found = lasting(records(tmp_path / "answers.jsonl"))
+    assert [r["row"] for r in found] == list(range(14)) and found[12] == {**found[0], "row": 12}
+    assert [path.name for path in find(str(folder))] == [f"test-0000{n}-of-00002.parquet" for n in (0, 1)]
+    assert count([rwqa, rwqa]) == 24
+
+
+def test_the_bar_shows_what_is_right_so_far(capsys):
+    table1.show(
+        [{"sparsity": 0.5, "exact": True}, {"sparsity": 0.5, "exact": False}, {"sparsity": 0.7, "error": ""}], 4
+    )
+    assert "] 3 of 4  0.5: 50.0 %, 1 bad" in capsys.readouterr().err
