@@ -27,13 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from events import write_whole
 
 COLUMNS = ("image", "question", "answer")
-UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-)
-TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
-NUMBERS = {word: str(n) for n, word in enumerate((UNITS + "eighteen nineteen").split())}
-NUMBERS |= {word: str(10 * n) for n, word in enumerate(TENS, 2)}
-NUMBERS |= {f"{ten}-{unit}": NUMBERS[ten][0] + NUMBERS[unit] for ten in TENS for unit in UNITS.split()[1:10]}
+ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+TEENS = ["ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+COUNTED = ONES + TEENS + [f"{ten}-{one}" if one != "zero" else ten for ten in TENS for one in ONES]
+NUMBERS = {word: str(n) for n, word in enumerate(COUNTED)}  # zero to ninety-nine
 OPTION = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]*(\S.*?)[ \t\r]*$", re.MULTILINE)  # a line such as "A. Left"
 ARTICLE = re.compile(r"(^|[.!?]\s+)A(?= (?!is\b)[a-z])")  # begins a sentence: "A car", but not "A is"
 LETTER = re.compile(r"(?<![\w'])[A-Z](?![\w'])")
