@@ -195,7 +195,7 @@ class Decoder(nn.Module):
     def flops(self, tokens: int, scored: int = 1) -> tuple[int, int]:
         """FLOPs for so many tokens of which `scored` get logits, a multiply-add being two: those of the linear layers,
         and those of attention as plain products, the whole square (a fused kernel skips what the causal mask hides).
-        Norms, activations and rotations are left out: under 1 %."""
+        Norms, activations, softmax and rotations are left out: 1 %."""
         config, D = self.config, self.config.hidden_size
         layer = 2 * D * D + 2 * D * config.num_key_value_heads * config.head_dim + 3 * D * config.intermediate_size
         linear = tokens * config.num_hidden_layers * layer + scored * D * config.vocab_size

@@ -207,7 +207,7 @@ class VisionTransformer(nn.Module):
     def flops(self, patches: int, groups: int) -> tuple[int, int]:
         """FLOPs of `forward` for so many patches and groups kept, a multiply-add being two: those of the linear layers,
         which grow with the patches, and those of attention (q k and its product with v), which grow with their square.
-        Norms, activations and rotations are left out: under 1 %."""
+        Norms, activations, softmax and rotations are left out: 1 %."""
         config, E = self.config, self.config.embed_dim
         pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2  # of a patch
         block = 4 * E * E + 2 * E * E * config.mlp_ratio  # qkv and proj, fc1 and fc2

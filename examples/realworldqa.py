@@ -5,9 +5,10 @@ Scoring rules; both judge the same answer to the raw question, and whatever is r
     exact            answer and key are equal when both are normalised: white space around, a trailing full stop and
                      capitals do not count, number words are digits, and the text of an option is its letter
     choice           of a question with lettered options: the answer is an option's text or names just one option's
-                     letter, and it is the key's; a question without options is judged as by `exact`
+                     letter as a capital, and it is the key's; a question without options is judged as by `exact`
 """
 
+import fcntl
 import glob
 import json
 import re
@@ -19,7 +20,7 @@ from typing import NamedTuple
 
 import pyarrow
 from huggingface_hub import snapshot_download
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pyarrow import parquet
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,8 +33,8 @@ TEENS = ["ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen"
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 COUNTED = ONES + TEENS + [f"{ten}-{one}" if one != "zero" else ten for ten in TENS for one in ONES]
 NUMBERS = {word: str(n) for n, word in enumerate(COUNTED)}  # zero to ninety-nine
-OPTION = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]*(\S.*?)[ \t\r]*$", re.MULTILINE)  # a line such as "A. Left"
-ARTICLE = re.compile(r"(^|[.!?]\s+)A(?= (?!is\b)[a-z])")  # begins a sentence: "A car", but not "A is"
+OPTION = re.compile(r"^[ \t]*\(?([A-Z])[.):][ \t]+(\S.*?)[ \t\r]*$", re.MULTILINE)  # a line such as "A. Left"
+ARTICLE = re.compile(r"(^|[.!?]\s+)A(?= (?!(and|as|because|is|looks|or|seems|since)\b)[a-z])", re.MULTILINE)  # "A car"
 LETTER = re.compile(r"(?<![\w'])[A-Z](?![\w'])")
 
 
@@ -69,9 +70,10 @@ def count(files: list[Path]) -> int:
             table = parquet.ParquetFile(path)
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{path}: not a parquet file ({_line(error)}); fetch it again") from None
-        missing = [name for name in COLUMNS if name not in table.schema_arrow.names]
-        if missing:
-            raise ValueError(f"{path}: has no column {missing[0]}; it needs {', '.join(COLUMNS)}")
+        for name in COLUMNS:
+            if (times := table.schema_arrow.names.count(name)) != 1:
+                told = f"{times} columns {name}; it needs {', '.join(COLUMNS)}, once each"
+                raise ValueError(f"{path}: has {told}")
         total += table.metadata.num_rows
     return total
 
@@ -90,13 +92,19 @@ def rows(files: list[Path], wanted: set[int]) -> Iterator[tuple[int, Row | Value
             for piece in table.iter_batches(batch_size=8, columns=COLUMNS):
                 for place in range(piece.num_rows):
                     if number in wanted:
-                        yield number, _row({name: piece[name][place].as_py() for name in COLUMNS})
+                        yield number, _row({name: piece[name][place] for name in COLUMNS})
                     number += 1
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{path}: broken after row {number} ({_line(error)}); fetch it again") from None
 
 
-def _row(content: dict) -> Row | ValueError:
+def _row(cells: dict[str, pyarrow.Scalar]) -> Row | ValueError:
+    content = {}
+    for name, cell in cells.items():
+        try:
+            content[name] = cell.as_py()
+        except ValueError as error:  # text that is no UTF-8
+            return ValueError(f"the row's {name} cannot be read ({_line(error)})")
     image = content["image"]
     image = image.get("bytes") if isinstance(image, dict) else image  # the hub's image column, or bare bytes
     if not isinstance(image, bytes):
@@ -106,6 +114,8 @@ def _row(content: dict) -> Row | ValueError:
             return ValueError(f"the row's {name} is {content[name]!r}, not a text")
     try:
         return Row(Image.open(BytesIO(image)), content["question"], content["answer"])
+    except UnidentifiedImageError:
+        return ValueError("the row's image is in no known format")
     except Exception as error:  # Pillow's readers raise of many kinds
         return ValueError(f"the row's image cannot be read ({_line(error)})")
 
@@ -123,12 +133,12 @@ def options(question: str) -> dict[str, str]:
 
 def normalise(answer: str, question: str = "") -> str:
     """An answer as `exact` compares it. Example: "Two cars." is "2 cars", and "Left" is "a" where A. is Left."""
-    text = _plain(answer)
-    known: dict[str, set[str]] = {}
+    text, known = _plain(answer), {}
     for letter, told in options(question).items():
-        for spelling in (told, f"{letter}. {told}", f"{letter}) {told}", f"({letter}) {told}", f"({letter})"):
-            known.setdefault(_plain(spelling), set()).add(letter.lower())
-    letters = known.get(text, set())
+        letter = letter.lower()
+        for form in ("{1}", "{0} {1}", "{0}. {1}", "{0}) {1}", "{0}: {1}", "({0}) {1}", "{0})", "({0})"):
+            known.setdefault(_plain(form.format(letter, told)), set()).add(letter)
+    letters = {text} if text.upper() in options(question) else known.get(text, set())
     return letters.pop() if len(letters) == 1 else text
 
 
@@ -150,9 +160,13 @@ def choice(question: str, key: str, answer: str) -> bool:
     return said == key
 
 
+ANSWER = {"answer": str, "key": str, "exact": bool, "choice": bool, "tokens": int, "of": int, "linear": int, "all": int,
+          "seconds": float}  # fmt: skip
+
+
 class Answers:
-    """A JSONL file of one process: a line with the settings, then one for each answer. That of rank 0 bears the name
-    given; the others lie beside it until all are joined."""
+    """A JSONL file of one process: a line with the settings, then one for each answer, or for what kept a question from
+    being asked. The file of rank 0 bears the name given; the others lie beside it until all are joined."""
 
     def __init__(self, path: Path, rank: int, settings: dict):
         self.path, self.settings = path, settings
@@ -163,46 +177,65 @@ class Answers:
         others = self.path.parent.glob(f"{glob.escape(self.path.stem)}.rank*{glob.escape(self.path.suffix)}")
         return [part for part in (self.path, *sorted(others)) if part.exists()]
 
+    def refuse_old(self) -> None:
+        """ValueError if there are answers already."""
+        if there := self.parts():
+            raise ValueError(f"{there[0]}: has answers already; go on with --resume, or give another with --answers")
+
+    def open(self) -> None:
+        """Takes this process's file for itself. ValueError if another run has it."""
+        self.file = self.own.open("ab", buffering=0)
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{self.own}: another run is writing it; wait for it, or end it") from None
+
     def read(self) -> list[dict]:
-        """What has been answered. A line without an end is none: the process was killed while it wrote. ValueError if
-        a file holds something else, or answers given under other settings."""
-        return [record for part in self.parts() for record in self._records(part)]
+        """What has been answered, and makes ready to append. An unfinished last line goes: the process was killed while
+        it wrote. ValueError if a file holds something else, or answers given under other settings."""
+        found = [record for part in self.parts() for record in self._records(part)]
+        whole = self.own.read_bytes()
+        self.file.truncate(whole.rfind(b"\n") + 1)
+        if b"\n" not in whole:
+            self.append({"settings": self.settings})
+        return found
 
     def _records(self, part: Path) -> list[dict]:
-        lines = part.read_bytes().split(b"\n")[:-1]
-        if not lines:
+        first, *lines = part.read_bytes().split(b"\n")
+        if not lines and _json_line({"settings": self.settings}).startswith(first):
             return []
         try:
-            first, *records = [json.loads(line) for line in lines]
-            changed = [key for key, now in self.settings.items() if first["settings"].get(key) != now]
-            whole = all({"row", "sparsity"} < set(record) and set(record) & {"exact", "error"} for record in records)
+            was = json.loads(first)["settings"]
+            changed = [key for key, now in self.settings.items() if was.get(key) != now]
+            records = [json.loads(line) for line in lines[:-1]]
+            whole = bool(lines) and all(map(_is_record, records))
         except (ValueError, KeyError, TypeError, AttributeError):
             whole = False
         if not whole:
             raise ValueError(f"{part}: holds something else than answers; give another file with --answers")
         for key in changed:
-            told = f"made with {key} {first['settings'].get(key)!r}, not {self.settings[key]!r}"
+            told = f"made with {key} {was.get(key)!r}, not {self.settings[key]!r}"
             raise ValueError(f"{part}: {told}; go on with the same, or give another file with --answers")
         return records
 
-    def open(self) -> None:
-        """Makes ready to append; an unfinished last line goes."""
-        whole = self.own.read_bytes() if self.own.exists() else b""
-        self.file = self.own.open("ab", buffering=0)
-        self.file.truncate(whole.rfind(b"\n") + 1)
-        if b"\n" not in whole:
-            self.append({"settings": self.settings})
-
     def append(self, record: dict) -> None:
-        self.file.write(_json_line(record))
+        line = _json_line(record)
+        if self.file.write(line) != len(line):
+            raise OSError(f"{self.own}: the disk is full; make room, and go on with --resume")
 
     def join(self, records: list[dict]) -> None:
         """By rank 0: all records to its file, which is then the only one."""
         lines = b"".join(map(_json_line, [{"settings": self.settings}, *records]))
         write_whole(self.path, lambda file: file.write(lines))
         for part in self.parts()[1:]:
-            part.unlink()
+            part.unlink(missing_ok=True)
 
 
 def _json_line(record: dict) -> bytes:
     return json.dumps(record).encode() + b"\n"
+
+
+def _is_record(record) -> bool:
+    if type(record["row"]) is not int or type(record["sparsity"]) is not float:
+        return False
+    return type(record.get("error")) is str or all(type(record.get(key)) is kind for key, kind in ANSWER.items())

@@ -21,6 +21,7 @@ after an interruption at any moment. Seconds are those of mask, prompt and answe
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 import warnings
@@ -42,9 +43,11 @@ from llm import Decoder, DecoderConfig
 from vit import VisionConfig, VisionTransformer
 
 try:
-    from realworldqa import Answers, Row, choice, count, exact, find, rows
-except ImportError:  # without pyarrow: `costs` alone
-    Answers = None
+    import realworldqa
+except ModuleNotFoundError as error:
+    if error.name != "pyarrow":
+        raise
+    realworldqa = None  # then `costs` alone
 
 MODELS = {
     "2B": DecoderConfig(151936, 1536, 8960, 28, 12, 2, rms_norm_eps=1e-6, tie_word_embeddings=True),
@@ -80,10 +83,10 @@ PAPER = {
 # Costs
 
 
-def modules(text: DecoderConfig) -> tuple[VisionTransformer, Decoder]:
+def modules(config: DecoderConfig) -> tuple[VisionTransformer, Decoder]:
     """Our own modules at a published size, on the meta device: shapes without weights."""
     with torch.device("meta"):
-        return VisionTransformer(VisionConfig(hidden_size=text.hidden_size)), Decoder(text)
+        return VisionTransformer(VisionConfig(hidden_size=config.hidden_size)), Decoder(config)
 
 
 def both_counts(vit: VisionTransformer, llm: Decoder, patches: int, groups: int, text: int) -> tuple[int, int]:
@@ -96,8 +99,8 @@ def costs(patches: int, text: int) -> None:
     if patches < 4 or patches % 4 or text < 1:
         raise ValueError(f"--patches {patches} and --text {text}: give a multiple of 4, and 1 or more")
     print(f"{patches} patches ({patches // 4} tokens), {text} tokens of text and {ENCLOSING} that enclose the image.\n")
-    heads = ["model", "sparsity", "params B", "paper", *(f"{name} {count}" for name in ("FLOPs T", "MACs T")
-             for count in ("linear", "paper", "linear − paper", "all"))]  # fmt: skip
+    heads = ["model", "sparsity", "params B", "paper"]
+    heads += [f"{unit} T {which}" for unit in ("FLOPs", "MACs") for which in ("linear", "paper", "difference", "all")]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
     told = []
     for name, config in MODELS.items():
@@ -144,42 +147,44 @@ def run(args: argparse.Namespace) -> None:
     check(args)
     rank, world, device = processes(args.device)
     recordings = recorded(args.events) if args.events else None
-    files = find(args.data, args.data_revision)
-    total = count(files)
-    answers = Answers(args.answers, rank, {"rows": total, **settings(args)})
-    if answers.parts() and not args.resume:
-        raise ValueError(f"{args.answers}: has answers already; go on with --resume, or give another with --answers")
+    files = realworldqa.find(args.data, args.data_revision)
+    total = realworldqa.count(files)
+    answers = realworldqa.Answers(args.answers, rank, {"rows": total, **settings(args)})
+    if not args.resume:
+        answers.refuse_old()
+    shared([], world)  # all have looked before one makes a file
+    answers.open()
     known = shared(answers.read(), world)
     units = [(row, sparsity) for row in range(min(args.limit or total, total)) for sparsity in args.sparsity]
-    pending: dict[int, list[float]] = {}  # row: sparsities
+    pending: dict[int, list[float]] = {}  # row: sparsities; what was an error is tried again
     for row, sparsity in units:
-        if (row, sparsity) not in known:
+        if "exact" not in known.get((row, sparsity), {}):
             pending.setdefault(row, []).append(sparsity)
-    pending = {row: pending[row] for row in list(pending)[rank::world]}  # dealt out like cards
+    mine = {row: pending[row] for row in list(pending)[rank::world]}  # dealt out like cards
     model = EPVLM.from_pretrained(args.model, args.revision, device, args.dtype)
-    answers.open()
     own = []
-    for number, row in rows(files, set(pending)):
-        for record in ask(model, number, row, pending[number], recordings, args):
+    for number, row in realworldqa.rows(files, set(mine)):
+        for record in ask(model, number, row, mine[number], recordings, args):
             answers.append(record)
             own.append(record)
             if sys.stderr.isatty() and rank == 0:
-                show(own, sum(map(len, pending.values())))
+                show([*known.values(), *own], len(own), sum(map(len, mine.values())))
     known |= shared(own, world)
     if rank == 0:
         answers.join([known[unit] for unit in sorted(known)])
-        params = sum(parameter.numel() for part in (model.vit, model.llm) for parameter in part.parameters())
-        print(table([known[unit] for unit in units], args.sparsity, params))
     if world > 1:
-        dist.barrier()
+        dist.barrier()  # only when it is joined may the others' files go
         dist.destroy_process_group()
-        if rank:
-            answers.own.unlink(missing_ok=True)  # joined
+    if rank:
+        answers.own.unlink(missing_ok=True)
+    else:
+        params = sum(parameter.numel() for part in (model.vit, model.llm) for parameter in part.parameters())
+        tell([known[unit] for unit in units], args.sparsity, params)
 
 
 def check(args: argparse.Namespace) -> None:
     """Raises ValueError for options that cannot be, before any work."""
-    if Answers is None:
+    if realworldqa is None:
         raise ValueError("pyarrow is not installed; pip install -r examples/requirements.txt")
     args.sparsity = list(dict.fromkeys(args.sparsity))
     for sparsity in args.sparsity:
@@ -206,8 +211,10 @@ def processes(device: str | None) -> tuple[int, int, str | None]:
         int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
     if world > 1:
-        device = device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
-        gpu = device.startswith("cuda")
+        gpu = device == "cuda" or (device is None and torch.cuda.is_available())
+        if device not in (None, "cpu", "cuda"):
+            raise ValueError(f"--device {device}: among several processes each has its own; give cpu or cuda")
+        device = f"cuda:{local}" if gpu else "cpu"
         if gpu:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if gpu else "gloo", timeout=timedelta(days=30))  # they wait for the slowest
@@ -234,18 +241,18 @@ def recorded(folder: Path) -> dict[int, Path]:
     return found
 
 
-def answer(model: EPVLM, row: Row, events, sparsity: float, args: argparse.Namespace) -> dict:
-    """One question asked; what the table needs to know of it."""
+def answer(model: EPVLM, row, events, sparsity: float, args: argparse.Namespace) -> dict:
+    """Asks a realworldqa.Row, once; what the table needs to know of it."""
     options = {name: getattr(args, name) for name in PROMPT_OPTIONS}
     start = time.perf_counter()
     prompt = model.prompt(row.image, events if sparsity else None, row.question, sparsity, **options)
     said = "".join(model.stream(prompt, args.max_new_tokens))
     took = time.perf_counter() - start
-    groups = int(prompt.keep.sum())
+    groups, asked = int(prompt.keep.sum()), (row.question, row.answer, said)
     linear, everything = both_counts(model.vit, model.llm, len(prompt.patches), groups, len(prompt.input_ids) - groups)
-    return {"answer": said, "key": row.answer, "exact": exact(row.question, row.answer, said),
-            "choice": choice(row.question, row.answer, said), "tokens": groups, "of": prompt.keep.numel(),
-            "linear": linear, "all": everything, "seconds": round(took, 4)}  # fmt: skip
+    return {"answer": said, "key": row.answer, "exact": realworldqa.exact(*asked), "choice": realworldqa.choice(*asked),
+            "tokens": groups, "of": prompt.keep.numel(), "linear": linear, "all": everything,
+            "seconds": round(took, 4)}  # fmt: skip
 
 
 def ask(model: EPVLM, number: int, row, sparsities: list[float], recordings: dict | None, args) -> Iterator[dict]:
@@ -272,45 +279,56 @@ def ask(model: EPVLM, number: int, row, sparsities: list[float], recordings: dic
             yield record | {"error": " ".join(str(error).split())[:300] or type(error).__name__}
 
 
-def show(records: list[dict], total: int) -> None:
-    """The bar on a terminal, with what is right by `exact` so far."""
+def show(records: list[dict], done: int, total: int) -> None:
+    """The bar on a terminal, with what is right by `exact` so far at each sparsity."""
     right: dict[float, list[bool]] = {}
     for record in records:
         right.setdefault(record["sparsity"], []).extend([record["exact"]] if "exact" in record else [])
-    told = ", ".join(
+    shares = " ".join(
         f"{sparsity:g}: {100 * np.mean(known):.1f} %" for sparsity, known in sorted(right.items()) if known
     )
     bad = sum("error" in record for record in records)
-    told += f", {bad} bad" if bad else ""
-    bar = "#" * (30 * len(records) // total)
-    print(f"\r\033[K[{bar:30}] {len(records)} of {total}  {told}", end="", file=sys.stderr, flush=True)
-    if len(records) == total:
-        print("\r\033[K", end="", file=sys.stderr, flush=True)
+    told = f"[{'#' * (10 * done // total):10}] {done}/{total} {shares}{f' bad: {bad}' if bad else ''}"
+    width = shutil.get_terminal_size().columns
+    end = "" if done < total else "\r\033[K"
+    print(f"\r\033[K{told[: width - 1]}{end}", end="", file=sys.stderr, flush=True)
 
 
-def table(records: list[dict], sparsities: list[float], params: int) -> str:
-    """Markdown: a row for each sparsity, and what could not be asked."""
-    heads = ("sparsity", "exact, % (95 %)", "right of asked", "choice, % (95 %)", "right of asked", "paper, %",
-             "tokens", "of", "FLOPs T linear", "paper T", "FLOPs T all", "s a question")  # fmt: skip
+def tell(records: list[dict], sparsities: list[float], params: int) -> None:
+    """Prints the table, what could not be asked, and what came with a warning. ValueError if nothing could be asked."""
+    answered = [record for record in records if "exact" in record]
+    failed, warned = ([r for r in records if key in r] for key in ("error", "warning"))
+    if not answered:
+        raise ValueError(f"no question could be asked; row {failed[0]['row']}: {failed[0]['error']}")
+    print(table(answered, sparsities, params))
+    if failed:
+        bad, first = len({record["row"] for record in failed}), f"row {failed[0]['row']}: {failed[0]['error']}"
+        print(f"\nNot asked and not counted: {len(failed)} questions of {bad} bad rows; {first}")
+    if warned:
+        print(f"\nAsked with a warning: {len(warned)} questions; row {warned[0]['row']}: {warned[0]['warning']}")
+
+
+def table(answered: list[dict], sparsities: list[float], params: int) -> str:
+    """Markdown: a row for each sparsity."""
+    heads = ("sparsity", "params B", "paper", "exact % (95 %)", "right of asked", "choice % (95 %)", "right of asked",
+             "paper", "tokens", "of", "FLOPs T linear", "paper", "MACs T linear", "paper", "FLOPs T all",
+             "s a question")  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     name = next((name for (name, _), printed in PAPER.items() if printed.params == round(params / 1e9, 2)), None)
     for sparsity in sparsities:
-        here = [record for record in records if record["sparsity"] == sparsity and "exact" in record]
-        cells = [f"{sparsity:g}"]
+        here = [record for record in answered if record["sparsity"] == sparsity]
+        if not here:
+            continue
+        mean = {key: np.mean([record[key] for record in here]) for key in ("tokens", "of", "linear", "all")}
+        paper = vars(PAPER.get((name, sparsity), Printed("–", "–", "–", "–")))
+        cells = [f"{sparsity:g}", f"{params / 1e9:.2f}", paper["params"]]
         for rule in ("exact", "choice"):
             right = [record[rule] for record in here]
             cells += [interval([(ok, 1) for ok in right]), f"{sum(right)} of {len(right)}"]
-        mean = {
-            key: np.mean([record[key] for record in here]) if here else 0 for key in ("tokens", "of", "linear", "all")
-        }
-        printed = PAPER.get((name, sparsity))
-        cells += [f"{printed.accuracy}" if printed else "–", f"{mean['tokens']:.1f}", f"{mean['of']:.1f}"]
-        cells += [f"{mean['linear'] / 1e12:.4g}", f"{printed.flops}" if printed else "–", f"{mean['all'] / 1e12:.4g}"]
-        cells += [f"{np.median([record['seconds'] for record in here]):.2f}" if here else "–"]
-        lines.append(f"| {' | '.join(cells)} |")
-    bad = {record["row"]: record["error"] for record in records if "error" in record}
-    if bad:
-        lines.append(f"\n{len(bad)} bad rows, not among those asked; the first is {min(bad)}: {bad[min(bad)]}")
+        cells += [paper["accuracy"], f"{mean['tokens']:.1f}", f"{mean['of']:.1f}"]
+        cells += [f"{mean['linear'] / 1e12:.4g}", paper["flops"], f"{mean['linear'] / 2e12:.4g}", paper["macs"]]
+        cells += [f"{mean['all'] / 1e12:.4g}", f"{np.median([record['seconds'] for record in here]):.2f}"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -319,7 +337,8 @@ def main() -> int:
         "table1", description="The paper's Table 1: costs, and accuracy on RealWorldQA.", allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="costs | accuracy")
-    add = commands.add_parser("costs", help="parameters, FLOPs and MACs; needs no weights").add_argument
+    told = "parameters, FLOPs and MACs; needs no weights"
+    add = commands.add_parser("costs", help=told, allow_abbrev=False).add_argument
     add("--patches", type=int, default=7056, help="of the dense image (default: %(default)s)")
     add("--text", type=int, default=60, help="tokens of text (default: %(default)s)")
     asked = commands.add_parser("accuracy", help="asks the questions of RealWorldQA", allow_abbrev=False)
