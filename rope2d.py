@@ -65,8 +65,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x (..., N, heads, d); cos, sin (..., N, 1, d/2). The product is taken in the wider of the two dtypes (float32 in the
     vision transformer, the model's own in the decoder, as in Qwen2-VL) and returned in x's.
     """
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    out, half = torch.empty_like(x), x.shape[-1] // 2
+    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).split(half, dim=-1)
+    out[..., :half] = first * cos - second * sin
+    out[..., half:] = second * cos + first * sin
+    return out
 
 
 # The rest is Eq. 2 as printed. Nothing above calls it; the tests hold the two against each other.

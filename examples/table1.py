@@ -169,7 +169,7 @@ def run(args: argparse.Namespace) -> None:
             own.append(record)
             if sys.stderr.isatty() and rank == 0:
                 show([*known.values(), *own], len(own), sum(map(len, mine.values())))
-    known |= shared(own, world)
+    known = shared([*known.values(), *own], world)
     if rank == 0:
         answers.join([known[unit] for unit in sorted(known)])
     if world > 1:
@@ -222,12 +222,13 @@ def processes(device: str | None) -> tuple[int, int, str | None]:
 
 
 def shared(records: list[dict], world: int) -> dict[tuple[int, float], dict]:
-    """The records of all processes, by row and sparsity."""
+    """The records of all processes, by row and sparsity; an answer counts more than an error."""
     parts = [records]
     if world > 1:
         parts = [None] * world
         dist.all_gather_object(parts, records)
-    return {(record["row"], record["sparsity"]): record for part in parts for record in part}
+    found = sorted((record for part in parts for record in part), key=lambda record: "exact" in record)
+    return {(record["row"], record["sparsity"]): record for record in found}
 
 
 def recorded(folder: Path) -> dict[int, Path]:

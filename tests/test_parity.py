@@ -1,5 +1,7 @@
 """Plain Qwen2-VL: the dense model against transformers on small random checkpoints it saved and we loaded, float32."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,10 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import Qwen2TokenizerFast, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.modeling_qwen2_vl import eager_attention_forward
 
 import tiny
+import vit
 from epvlm import EPVLM
 from oracles import assert_close
 
@@ -78,9 +82,11 @@ def test_checkpoint_layouts(tmp_path, tied, shard, layout):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_every_dtype_rounds_where_transformers_does(checkpoint, dtype):
+def test_every_dtype_rounds_where_transformers_does(checkpoint, monkeypatch, dtype):
     """From the same input, bit for bit: what is taken in float32 (rotation of the vision transformer, norms), and what
-    in the model's own dtype (rotation of the decoder). Patch embedding is one product here, a convolution there."""
+    in the model's own dtype (rotation of the decoder). Patch embedding is one product here, a convolution there, and
+    attention in bfloat16 is not torch's fused kernel (the next test)."""
+    monkeypatch.setattr(vit, "attend", torch.nn.functional.scaled_dot_product_attention)
     folder, _, _ = checkpoint
     theirs = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval().model
     ours = EPVLM.from_pretrained(folder, device="cpu", dtype=dtype)
@@ -94,6 +100,27 @@ def test_every_dtype_rounds_where_transformers_does(checkpoint, dtype):
         embeddings = ours.llm.embed(prompt.input_ids)[None]
         hidden = theirs.language_model(inputs_embeds=embeddings, position_ids=prompt.position_ids[:, None])
         assert torch.equal(ours.llm(embeddings, prompt.position_ids), hidden.last_hidden_state)
+
+
+@pytest.mark.parametrize("patches", [1, 3, 64, 700])
+@pytest.mark.parametrize("spread", [1.0, 4.0])
+def test_attention_in_bfloat16_is_as_exact_as_transformers_eager(monkeypatch, patches, spread):
+    """Against float64, over blocks of several sizes; and in the other dtypes it is torch's fused kernel."""
+    torch.manual_seed(patches)
+    q, k, v = (torch.randn(2, 3, patches, 80) for _ in range(3))
+    q, k, v = (part.bfloat16() for part in (q * spread, k, v))
+    true = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    module = types.SimpleNamespace(training=False, num_key_value_groups=1)
+    eager, _ = eager_attention_forward(module, q, k, v, None, 80**-0.5)
+    error = (eager.transpose(1, 2) - true).pow(2).mean().sqrt()
+    for scores in (1, 1000, 10**9):
+        monkeypatch.setattr(vit, "SCORES", scores)
+        ours = vit.attend(q, k, v)
+        assert ours.dtype == torch.bfloat16 and ours.shape == true.shape
+        assert (ours - true).pow(2).mean().sqrt() <= 1.1 * error + 1e-9
+    for wide in (torch.float16, torch.float32):
+        same = torch.nn.functional.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide))
+        assert torch.equal(vit.attend(q.to(wide), k.to(wide), v.to(wide)), same)
 
 
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
