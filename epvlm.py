@@ -22,7 +22,9 @@ What differs from plain Qwen2-VL: the mask. Without events, or at sparsity 0, th
 
 import argparse
 import math
+import os
 import re
+import signal
 import sys
 import time
 import warnings
@@ -30,6 +32,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+
+if __name__ == "__main__":  # while the libraries load, and when all is done; between, `exit_status` sees to it
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch
@@ -42,6 +47,7 @@ from events import (
     MICROSECONDS,
     Events,
     Parser,
+    budget,
     budget_mask,
     event_map,
     exit_status,
@@ -123,8 +129,9 @@ class EPVLM:
         limits = replace(self.image_config, **{name: value for name, value in limits.items() if value is not None})
         patch, merge = config.patch_size, config.spatial_merge_size
         height, width = smart_resize(image.height, image.width, patch * merge, limits.min_pixels, limits.max_pixels)
-        least = height * width / (patch * merge) ** 2 * (1 if events is None else 1 - sparsity)
-        self._check_context(least, f"for a {width} x {height} image", "raise --sparsity or lower --max-pixels")
+        before, after = self.text_ids(question)
+        groups = height * width // (patch * merge) ** 2
+        self._check_room(groups if events is None else budget(groups, 1 - sparsity), groups, len(before) + len(after))
         keep_patches, source = torch.ones(height // patch, width // patch, dtype=torch.bool), "no events"
         if events is not None:
             E_v, source = event_map(read_events(events, order, time_unit), sensor, image.size, window, polarity)
@@ -132,16 +139,31 @@ class EPVLM:
             M = torch.from_numpy((budget_mask if ties == "exact" else literal_mask)(S, tau=1 - sparsity))  # Eq. 6
             keep_patches = M.repeat_interleave(merge, 0).repeat_interleave(merge, 1) if cell == "group" else M
         keep = keep_patches.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).any(dim=3).any(dim=1)  # by group
-        before, after = self.text_ids(question)
         input_ids = torch.tensor(before + [self.special["image_pad"]] * int(keep.sum()) + after)
         positions = mrope_positions(len(before), keep, len(after))
         patches = packed_patches(image, keep_patches, config, self.image_config)  # Eq. 7
         return Prompt(input_ids, positions, patches, keep, keep_patches, len(before), source)
 
-    def _check_context(self, tokens: float, what: str, remedy: str) -> None:
-        limit = self.llm.config.max_position_embeddings
-        if tokens > limit:
-            raise ValueError(f"{math.ceil(tokens)} tokens {what} exceed the model's {limit}; {remedy}")
+    def _check_room(self, kept: int, groups: int, others: int) -> None:
+        """Raises ValueError, with what brings it under, if `kept` of an image's `groups` and the `others`, tokens of
+        text and answer, exceed the model's context or the free memory."""
+        vision, text, weight = self.vit.config, self.llm.config, self.vit.patch_embed.proj.weight
+        limit, free = text.max_position_embeddings, weights.free_memory(weight.device)
+        kv = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
+        token = weight.element_size() * (kv + 4 * text.hidden_size + 3 * text.intermediate_size)  # bytes
+        patch = weight[0].numel() * 4 + weight.element_size() * 12 * vision.embed_dim
+        group = token + vision.spatial_merge_size**2 * patch
+        room = int(min(limit - others, (free - others * token) / group))
+        if kept <= room:
+            return
+        needs = f"{kept + others} tokens ({kept} of the image, {others} of text and answer) exceed "
+        needs += f"the model's {limit}" if room == limit - others else f"{free / 2**30:.1f} GiB of free memory"
+        pixels = room * (vision.patch_size * vision.spatial_merge_size) ** 2
+        if others > kept or pixels < self.image_config.min_pixels:
+            raise ValueError(f"{needs}; lower --max-new-tokens, or shorten the question")
+        higher = math.ceil(100 * (1 - room / groups)) / 100
+        remedy = f" or, with events, --sparsity {higher:.2f}" if higher < 1 else ""
+        raise ValueError(f"{needs}; give --max-pixels {pixels}{remedy}")
 
     def text_ids(self, question: str) -> tuple[list[int], list[int]]:
         """Token ids before and after the image. Special tokens are put in by id; a question that spells one is text."""
@@ -186,8 +208,8 @@ class EPVLM:
         ValueError, before any work, for settings out of range and for what exceeds the model's context."""
         if max_new_tokens < 1:
             raise ValueError(f"max-new-tokens {max_new_tokens}: give 1 or more")
-        what = f"with {max_new_tokens} of the answer"
-        self._check_context(len(prompt.input_ids) + max_new_tokens, what, "lower --max-new-tokens or raise --sparsity")
+        kept = int(prompt.keep.sum())
+        self._check_room(kept, prompt.keep.numel(), len(prompt.input_ids) - kept + max_new_tokens)
         return self._decode(prompt, max_new_tokens, sampler(temperature, top_p, seed))
 
     @torch.inference_mode()
@@ -336,8 +358,7 @@ def show_progress(model: EPVLM) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit status, as `exit_status` has it."""
-    args = parse(argv)
-    return exit_status("epvlm", lambda: run(args))
+    return exit_status("epvlm", lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":

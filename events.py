@@ -23,7 +23,9 @@ at all; Eq. 6 as printed then keeps every one of them.
 import argparse
 import math
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,6 +33,9 @@ from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
+
+if __name__ == "__main__":  # while the libraries load, and when all is done; between, `exit_status` sees to it
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -157,6 +162,9 @@ def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
         if isinstance(data, np.ndarray):
             return data
         with data:
+            size = sum(member.file_size for member in data.zip.infolist())
+            if size > max(2**25, 20 * path.stat().st_size):
+                raise ValueError(f"it unpacks to {size} bytes, over 20 times its size; store it as .npy")
             known = [name for name in data.files if any(name.lower() in aliases for aliases in ALIASES.values())]
             names = ["event_data"] if "event_data" in data.files else known if len(known) >= 4 else data.files
             arrays = {name: data[name] for name in names}
@@ -232,8 +240,8 @@ def _checked_events(events: Events, warn: bool) -> Events:
         low, high = events.p.min(), events.p.max()
         if low < -1 or high > 1 or _fractions(events.p) or (low < 0 and (events.p == 0).any()):
             raise ValueError(f"{name}: polarities from {low} to {high}; store 0 and 1, -1 and +1, or bool")
-        span = float(events.t.max()) - float(events.t.min())
-        if warn and span < 1e6 and _fractions(events.t):
+        span = float(events.t.max()) - float(events.t.min()) if warn and _fractions(events.t) else 1e6
+        if span < 1e6:
             told = f"{name}: times have fractions and span only {span:.6g}; taken as microseconds"
             warnings.warn(f"{told}, if they are not, say --time-unit s, ms or ns (us silences this)", stacklevel=3)
     return events
@@ -245,10 +253,14 @@ def accumulate(events: Events, height: int, width: int, polarity: str = "count")
     Raises ValueError if events lie outside.
     """
     events.check_inside(height, width)
-    pixel = events.y.astype(np.int64) * width + events.x.astype(np.int64)
-    counts = np.bincount(pixel, minlength=height * width)
-    if polarity == "signed":  # on - off = 2 on - all
-        counts = 2 * np.bincount(pixel[events.p > 0], minlength=height * width) - counts
+    counts, at_once = np.zeros(height * width, dtype=np.int64), max(2**18, height * width)  # what fits the cache
+    for start in range(0, len(events), at_once):
+        x, y, p = (column[start : start + at_once] for column in (events.x, events.y, events.p))
+        pixel = y.astype(np.int64) * width + x.astype(np.int64)
+        counted = np.bincount(pixel, minlength=counts.size)
+        if polarity == "signed":  # on - off = 2 on - all
+            counted = 2 * np.bincount(pixel[p > 0], minlength=counts.size) - counted
+        counts += counted
     return counts.reshape(height, width)
 
 
@@ -500,6 +512,8 @@ def exit_status(program: str, work: Callable[[], None]) -> int:
     """Does a command line's work. 0, or 2 for bad input (told in one line), 130 when interrupted, 1 when nobody reads
     its output any more."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (it stays open: the caller closed the real one)
+    main_thread = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler) if main_thread else None
     try:
         work()
         return 0
@@ -511,6 +525,9 @@ def exit_status(program: str, work: Callable[[], None]) -> int:
     except (ValueError, OSError, MemoryError, ArithmeticError, RuntimeError) as error:  # torch raises RuntimeError
         print(f"{program}: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGINT, previous)
 
 
 def movie(paths: list[str], fps: float) -> Iterator[tuple[float, np.ndarray]]:
@@ -573,8 +590,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--spread", type=float, default=0.0, help="standard deviation of C among pixels (default: %(default)s)")
     add("--noise", type=float, default=0.0, help="meaningless events a pixel and second (default: %(default)s)")
     add("--seed", type=int, default=0, help="of spread and noise (default: %(default)s)")
-    args = parser.parse_args(argv)
-    return exit_status("events", lambda: run(args))
+    return exit_status("events", lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -42,6 +42,8 @@ class DecoderConfig:
     tie_word_embeddings: bool = False
 
     def __post_init__(self):
+        if self.num_hidden_layers > 999:
+            raise ValueError(f"num_hidden_layers {self.num_hidden_layers} is over 999")
         heads, groups = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % heads or heads % groups:
             raise ValueError(
@@ -255,7 +257,14 @@ def generate(decoder: Decoder, hidden: Tensor, positions: Tensor, limit: int, st
     cache = KVCache(decoder.config, hidden.shape[1] + limit, like=hidden)
     hidden, position = decoder(hidden, positions, cache, wanted=1), positions[:, -1:]
     for n in range(limit):
-        token = choose(decoder.logits(hidden[0, -1]))
+        logits = decoder.logits(hidden[0, -1])
+        if not logits.isfinite().all():
+            dtype = str(hidden.dtype).removeprefix("torch.")
+            other = (
+                "--dtype bfloat16 or float32" if dtype == "float16" else "--dtype float32, or fetch the weights again"
+            )
+            raise ValueError(f"scores in {dtype} are not finite; try {other}")
+        token = choose(logits)
         yield token
         if token in stop or n == limit - 1:
             return

@@ -60,6 +60,8 @@ class VisionConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self):
+        if self.depth > 999:
+            raise ValueError(f"depth {self.depth} is over 999")
         if self.embed_dim % (4 * self.num_heads):
             raise ValueError(f"vision embed_dim {self.embed_dim} is no multiple of 4 x {self.num_heads} heads")
 

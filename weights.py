@@ -23,7 +23,14 @@ from typing import NamedTuple, get_args, get_origin
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import disable_progress_bars
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
@@ -60,11 +67,29 @@ def fetch(model: str | Path, revision: str | None = None) -> Path:
     except HFValidationError:
         reason = "neither a folder nor a hub id such as Qwen/Qwen2-VL-2B-Instruct; correct --model"
     except LocalEntryNotFoundError:
-        reason = "not in the local cache, and the hub cannot be reached; connect once, or give a folder: --model DIR"
+        why = "HF_HUB_OFFLINE forbids the hub" if HF_HUB_OFFLINE else "the hub cannot be reached"
+        reason = f"not in the local cache, and {why}; connect once, or give a folder: --model DIR"
+    except GatedRepoError:
+        reason = "needs leave; ask for it on its page at the hub, then `hf auth login`"
+    except RevisionNotFoundError:
+        reason = f"has no revision {revision!r}; correct --revision"
+    except RepositoryNotFoundError:
+        reason = "no such repository, or a private one; correct --model, or `hf auth login`"
     except Exception as error:  # whatever the hub's client, its network library and the disk raise
         told = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        reason = f"cannot be downloaded ({told}); check the name, --revision, your access and the disk"
+        reason = f"cannot be downloaded ({told}); try again, make room, or set HF_HOME to a folder you can write"
     raise ValueError(f"{model}: {reason}")
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be had on a device; infinite where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return math.inf
 
 
 def read_json(path: Path, required: bool = True) -> dict:
@@ -160,7 +185,7 @@ def _fits(value, kind: type) -> bool:
         return kind is bool and isinstance(value, bool)
     if kind is float:
         return isinstance(value, int | float) and 0 <= value < math.inf
-    return isinstance(value, kind) and value > 0
+    return isinstance(value, kind) and 0 < value < 2**31
 
 
 def read_ends(folder: Path) -> set[int]:

@@ -166,7 +166,7 @@ def test_what_exceeds_the_context_is_refused_before_the_work(files):
     with pytest.raises(ValueError, match=r"exceed the model's 32768; lower --max-new-tokens"):
         model.tokens(prompt, fits + 1)
     next(model.tokens(prompt, fits))
-    with pytest.raises(ValueError, match=r"exceed the model's 32768; raise --sparsity or lower --max-pixels"):
+    with pytest.raises(ValueError, match=r"exceed the model's 32768; give --max-pixels \d+ or, with events, --sp"):
         model.prompt("image.png", None, QUESTION, min_pixels=10**8, max_pixels=10**9)
 
 

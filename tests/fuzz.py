@@ -1,0 +1,488 @@
+"""Malformed files and questions, thousands of them, through all the readers: each is answered, or refused in a line.
+
+    python tests/fuzz.py --cases 10000 --seed 0
+
+Cases are good files that were mutated, and files made to be bad. A case fails if it raises anything but an error that
+the command line turns into one line (`events.exit_status`), if that line does not name the file, if it takes more than
+10 s, or more memory than twice what a good file of its size takes, plus 64 MiB. Printed, by reader: how many were
+tried, how they ended, and the largest memory and time seen. Exit status 1 if any case failed; `--case N` repeats one.
+"""
+
+import argparse
+import io
+import json
+import os
+import shutil
+import struct
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+
+import tiny
+import weights
+from epvlm import EPVLM
+
+SECONDS, SPARE = 10, 64 * 2**20
+ROWS = [("x", "<u2"), ("y", "<u2"), ("t", "<i8"), ("p", "u1")]
+NASTY = [None, True, False, 0, 1, -1, 3, 7, 2**31, 2**63, 10**30, 0.5, -1.5, 1e308, float("inf"), float("nan"), "",
+         "x", "0", [], [1], [16, 24, 24], [0, 0, 0], ["x"], {}, {"type": "mrope"}, "../config.json", "\ud800",
+         "\0"]  # fmt: skip
+REFUSED = (ValueError, OSError, MemoryError, ArithmeticError, RuntimeError)  # as events.exit_status
+
+
+class Bench:
+    """A small model, good files, and a folder that each case may fill."""
+
+    def __init__(self, folder: Path):
+        self.good, self.work = folder / "good", folder / "work"
+        tiny.write(self.good)
+        self.model = EPVLM.from_pretrained(self.good, device="cpu")
+        rng = np.random.default_rng(0)
+        self.image = Image.fromarray(rng.integers(0, 256, (84, 112, 3), dtype=np.uint8))
+        rows = np.zeros(500, ROWS)
+        rows["x"], rows["y"], rows["t"] = rng.integers(0, 112, 500), rng.integers(0, 84, 500), np.arange(500) * 10
+        rows["p"] = rng.integers(0, 2, 500)
+        self.rows = rows
+
+    def fresh(self) -> Path:
+        shutil.rmtree(self.work, ignore_errors=True)
+        self.work.mkdir()
+        return self.work
+
+    def answer(self, image=None, events=None, question="What?", model=None) -> None:
+        model = model or self.model
+        prompt = model.prompt(image or self.image, events, question)
+        "".join(model.stream(prompt, max_new_tokens=2))
+
+
+def mutate(rng: np.random.Generator, data: bytes) -> bytes:
+    """Cut, turned over, overwritten, doubled or with bytes put in; a few times."""
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 4)):
+        at, length = int(rng.integers(0, len(data) + 1)), int(2 ** rng.uniform(0, 9))
+        match rng.integers(0, 7):
+            case 0:
+                del data[at:]
+            case 1:
+                del data[at : at + length]
+            case 2:
+                data[at:at] = rng.bytes(length)
+            case 3:
+                data[at : at + length] = bytes([rng.choice([0, 255, 127, 48])]) * length
+            case 4:
+                data[at:at] = data[at : at + length]
+            case 5 | 6:  # most headers are at the beginning
+                at = int(min(2 ** rng.uniform(0, 12), len(data)))
+                for place in range(at, min(at + int(rng.integers(1, 5)), len(data))):
+                    data[place] = int(rng.integers(0, 256))
+    return bytes(data)
+
+
+# Images
+
+
+def image_file(rng, bench: Bench) -> dict:
+    path = bench.fresh() / "image.png"
+    if rng.random() < 0.6:
+        file, kind = io.BytesIO(), str(rng.choice(["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO"]))
+        mode = "RGB" if kind in ("JPEG", "WEBP", "PPM", "ICO") else str(rng.choice(["RGB", "L", "P", "1"]))
+        bench.image.convert(mode).save(file, kind)
+        path.write_bytes(mutate(rng, file.getvalue()))
+    else:
+        odd_image(rng, path)
+    return {"image": path}
+
+
+def odd_image(rng, path: Path) -> None:
+    match rng.integers(0, 9):
+        case 0:
+            sides = [(1, 1), (1, 10000), (10000, 1), (1, 201), (201, 1), (2, 400), (3, 5), (27, 5500)]
+            Image.new("RGB", sides[rng.integers(len(sides))], (9, 8, 7)).save(path)
+        case 1:  # a bomb: a header of huge sides, a body of nothing
+            path.write_bytes(png(*(int(2 ** rng.uniform(10, 31)) for _ in range(2)), b"\0" * 20))
+        case 2:
+            mode = str(rng.choice(["CMYK", "YCbCr", "LAB", "HSV", "F", "I", "I;16", "LA", "PA", "RGBA", "1"]))
+            kind = "TIFF" if mode in ("CMYK", "LAB", "F", "YCbCr", "HSV", "PA") else "PNG"
+            try:
+                Image.new(mode, (30, 40)).save(path, kind)
+            except (OSError, ValueError, KeyError):
+                Image.new("L", (30, 40)).save(path)
+        case 3:
+            grey = rng.integers(0, 2 ** int(rng.integers(1, 17)), (30, 40)).astype(np.uint16)
+            Image.fromarray(grey).save(path)
+        case 4:
+            frames = [Image.new("P", (30, 30), n) for n in range(3)]
+            frames[0].save(path, "GIF", save_all=True, append_images=frames[1:])
+        case 5:
+            exif = Image.Exif()
+            exif[0x0112] = int(rng.integers(0, 300))
+            Image.new("RGB", (30, 60)).save(path, "JPEG", exif=exif.tobytes() + rng.bytes(int(rng.integers(0, 9))))
+        case 6:
+            path.write_bytes(rng.bytes(int(2 ** rng.uniform(0, 14))))
+        case 7:
+            path.mkdir()
+        case 8:
+            path.symlink_to(path.name)
+
+
+def png(width: int, height: int, body: bytes) -> bytes:
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width % 2**31, height % 2**31, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
+
+
+# Events
+
+
+def events_file(rng, bench: Bench) -> dict:
+    path = bench.fresh() / ("events.npz" if rng.random() < 0.3 else "events.npy")
+    if rng.random() < 0.6:
+        file, kind = io.BytesIO(), rng.integers(0, 5)
+        bare = np.stack([bench.rows[name].astype(np.float64) for name in "txyp"], 1)
+        if path.suffix == ".npz":
+            columns = {name: bench.rows[name] for name in "xytp"}
+            (np.savez if kind % 2 else np.savez_compressed)(
+                file, **({"event_data": bench.rows} if kind < 2 else columns)
+            )
+        else:
+            np.save(file, [bench.rows, bare, np.asfortranarray(bare), np.ones((84, 112)), bench.rows[:0]][kind])
+        path.write_bytes(mutate(rng, file.getvalue()))
+    else:
+        odd_events(rng, bench, path)
+    return {"events": path}
+
+
+def odd_events(rng, bench: Bench, path: Path) -> None:
+    path = path.with_suffix(path.suffix)
+    rows = bench.rows.astype(
+        [(name, str(rng.choice(["<f8", "<f4", "<i8", ">i4", "<i2", "<u8", "<f2"]))) for name in "xytp"]
+    )
+    match rng.integers(0, 12):
+        case 0:  # a header that claims far more rows than follow
+            count = int(10 ** rng.uniform(3, 18))
+            header = {"descr": ROWS, "fortran_order": False, "shape": (count,)}
+            file = io.BytesIO()
+            np.lib.format.write_array_header_2_0(file, header)
+            data = file.getvalue() + b"\1" * 1000
+            path.write_bytes(data if path.suffix == ".npy" else zipped({"event_data.npy": data}))
+            return
+        case 1:
+            np.save(path.open("wb"), np.array([{"x": 1}, None], dtype=object), allow_pickle=True)
+            return
+        case 2:
+            name = str(rng.choice(list("xytp")))
+            value = [np.nan, np.inf, -np.inf, -1, 0.5, 1e300, 2**31, 65535, -(2**15)][rng.integers(9)]
+            with warnings.catch_warnings(action="ignore"), np.errstate(all="ignore"):
+                rows[name][rng.integers(0, len(rows), 3)] = np.array(value).astype(rows[name].dtype)
+        case 3:
+            rows = rows[rng.permutation(len(rows))] if rng.random() < 0.5 else rows[::-1]
+        case 4:
+            rows["t"] = 7
+        case 5:
+            rows = rows[: rng.integers(0, 3)]
+        case 6:
+            rows["p"] = rng.integers(0, 4, len(rows))
+        case 7:
+            names = [str(name) for name in rng.permutation(["x", "y", "t", "p", "time", "X", "polarity", "z"])]
+            rows = rows.copy()
+            rows.dtype.names = names[:4]
+        case 8:  # a bomb
+            size = int(2 ** rng.uniform(20, 33))
+            path.write_bytes(zipped({"event_data.npy": bomb(size)} if size < 2**26 else {"x.npy": (size, b"\0")}))
+            return
+        case 9:
+            rows = np.stack([rows[name].astype(np.float64) for name in "xytp"], 1)[:, : rng.integers(1, 6)]
+        case 10:
+            rows = rng.integers(0, 300, tuple(rng.integers(0, 9, rng.integers(0, 4)))).astype(
+                str(rng.choice(["u1", "i2", "f2", "c8", "U3", "S2", "M8[s]", "?"]))
+            )
+        case 11:
+            path.write_bytes(rng.bytes(int(2 ** rng.uniform(0, 14))))
+            return
+    with path.open("wb") as file:
+        np.savez(file, rows) if path.suffix == ".npz" else np.save(file, rows)
+
+
+def bomb(size: int) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_2_0(file, {"descr": ROWS, "fortran_order": False, "shape": (size // 13,)})
+    return file.getvalue() + b"\0" * (size // 13 * 13)
+
+
+def zipped(members: dict) -> bytes:
+    """An archive; of a member (size, byte) so many of the byte, in pieces."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            with archive.open(name, "w", force_zip64=True) as member:
+                if isinstance(data, bytes):
+                    member.write(data)
+                else:
+                    head = io.BytesIO()
+                    shape = {"descr": "|u1", "fortran_order": False, "shape": (data[0],)}
+                    np.lib.format.write_array_header_2_0(head, shape)
+                    member.write(head.getvalue())
+                    for _ in range(data[0] // 2**22):
+                        member.write(data[1] * 2**22)
+    return file.getvalue()
+
+
+# Checkpoints and tokenizers
+
+
+def checkpoint(rng, bench: Bench) -> dict:
+    folder = bench.fresh() / "model"
+    folder.mkdir()
+    for file in bench.good.iterdir():
+        os.link(file, folder / file.name)
+    match rng.integers(0, 6):
+        case 0:
+            rewrite(folder / "model.safetensors", mutate(rng, (bench.good / "model.safetensors").read_bytes()))
+        case 1:
+            lying_header(rng, folder / "model.safetensors")
+        case 2:
+            json_value(rng, folder / "config.json")
+        case 3:
+            names = ["config.json", "preprocessor_config.json", "generation_config.json", "tokenizer.json"]
+            path = folder / str(rng.choice(names))
+            rewrite(path, mutate(rng, path.read_bytes() if path.exists() else b"{}"))
+        case 4:
+            index(rng, folder)
+        case 5:
+            path = folder / str(rng.choice(["preprocessor_config.json", "generation_config.json"]))
+            limits = {"min_pixels": 3136, "max_pixels": 10**6, "eos_token_id": [3], "image_mean": [0.5] * 3, "size": {}}
+            rewrite(path, json.dumps(limits).encode())
+            json_value(rng, path)
+    return {"model": folder}
+
+
+def rewrite(path: Path, data: bytes) -> None:
+    path.unlink(missing_ok=True)  # it is a link to the good one
+    path.write_bytes(data)
+
+
+def json_value(rng, path: Path) -> None:
+    """Puts something nasty in the place of a value, or takes it away; anywhere in the object."""
+    content = json.loads(path.read_text())
+    for _ in range(rng.integers(1, 3)):
+        place = content
+        while True:
+            key = list(place)[rng.integers(len(place))] if place else "x"
+            if not isinstance(place.get(key), dict) or rng.random() < 0.2:
+                break
+            place = place[key]
+        if rng.random() < 0.2:
+            place.pop(key, None)
+        else:
+            place[key] = NASTY[rng.integers(len(NASTY))]
+    rewrite(path, json.dumps(content).encode())
+
+
+def lying_header(rng, path: Path) -> None:
+    """safetensors: a length, a JSON header, the data; the header changed."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    name = [key for key in header if key != "__metadata__"][rng.integers(len(header) - 1)]
+    match rng.integers(0, 7):
+        case 0:
+            header[name]["shape"] = [[2**62, 2], [-1], [10**6, 10**6], [], [0], "x"][rng.integers(6)]
+        case 1:
+            header[name]["data_offsets"] = [[0, 2**62], [-4, 4], [4, 0], [0], [len(body), len(body) + 4]][
+                rng.integers(5)
+            ]
+        case 2:
+            header[name]["dtype"] = str(rng.choice(["F64", "I8", "BOOL", "X", "F8_E4M3", "BF16", "F4"]))
+        case 3:
+            header[name + "x"] = header.pop(name)
+        case 4:
+            del header[name]
+        case 5:  # the values are no numbers
+            start, end = header[name]["data_offsets"]
+            body = body[:start] + np.full((end - start) // 4, np.nan, "<f4").tobytes() + body[end:]
+        case 6:
+            length = [2**63, 10**9, 0, length + 1][rng.integers(4)]
+            rewrite(path, struct.pack("<Q", length) + data[8:])
+            return
+    text = json.dumps(header).encode()
+    rewrite(path, struct.pack("<Q", len(text)) + text + body)
+
+
+def index(rng, folder: Path) -> None:
+    """Shards that are missing, or lie where they must not."""
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    outside = folder.parent / "outside.safetensors"
+    shutil.copy(folder / "model-00001-of-00001.safetensors", outside)
+    names = ["../outside.safetensors", str(outside), "nowhere.safetensors", "model-00001-of-00001.safetensors", "",
+             ".", "..", "a\0b.safetensors", "C:\\x.safetensors", 5, None, ["x"], "config.json"]  # fmt: skip
+    content = {"weight_map": {"model.norm.weight": names[rng.integers(len(names))]}}
+    if rng.random() < 0.2:
+        content = [[], {}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": "x"}][rng.integers(5)]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(content))
+
+
+def tokenizer(rng, bench: Bench) -> dict:
+    folder = bench.fresh()
+    good = (bench.good / "tokenizer.json").read_bytes()
+    match rng.integers(0, 4):
+        case 0:
+            data = mutate(rng, good)
+        case 1:
+            (folder / "tokenizer.json").write_bytes(good)
+            json_value(rng, folder / "tokenizer.json")
+            data = (folder / "tokenizer.json").read_bytes()
+        case 2:
+            content = json.loads(good)
+            special = content["added_tokens"]
+            del special[rng.integers(len(special))]
+            data = json.dumps(content).encode()
+        case 3:
+            data = [b"", b"{}", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 5000][rng.integers(7)]
+    (folder / "tokenizer.json").write_bytes(data)
+    return {"tokenizer": folder}
+
+
+# Questions
+
+
+def question(rng, bench: Bench) -> dict:
+    pieces = [*tiny.SPECIALS, "What?", " ", "\n", "\0", "\ud800", "\udcff", "א", "ع", "\u202e", "👩\u200d👧", "e\u0301"]
+    pieces += ["\ufeff", "\u2028", "<|", "|>", "im_end", "Ω", "\x1b[2J", "�", "\U0010ffff", "\r", "\t", "<think>"]
+    chosen = [pieces[n] for n in rng.integers(0, len(pieces), rng.integers(0, 12))]
+    text = "".join(chosen) * int(10 ** max(0, rng.uniform(-3, 4)))
+    return {"question": text[:100_000]}
+
+
+READERS = {"images": image_file, "events": events_file, "checkpoints": checkpoint, "tokenizers": tokenizer,
+           "questions": question}  # fmt: skip
+
+
+def use(bench: Bench, case: dict) -> None:
+    """What the program would do with it."""
+    if "model" in case:
+        bench.answer(model=EPVLM.from_pretrained(case["model"], device="cpu"))
+    elif "tokenizer" in case:
+        found = weights.read_tokenizer(case["tokenizer"], 400, tiny.SPECIALS)
+        EPVLM(bench.model.vit, bench.model.llm, found, bench.model.image_config).text_ids("What is moving?")
+    elif "question" in case:
+        before, after = bench.model.text_ids(case["question"])
+        special = {bench.model.tokenizer.token_to_id(text) for text in tiny.SPECIALS}
+        inner = after[1 : after.index(bench.model.special["im_end"], 1)]
+        if special & set(inner) or sum(token in special for token in before + after) != 7:
+            raise AssertionError("a special token came from the question")
+        bench.answer(question=case["question"])
+    else:
+        bench.answer(**case)
+
+
+def peak() -> int:
+    """Largest resident memory since `reset`, bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def reset() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def run(bench: Bench, case: dict) -> tuple[str, str, float, int]:
+    """How a case ended (answered, refused, or what failed), in what words, its seconds and bytes."""
+    start, before = time.perf_counter(), reset()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            use(bench, case)
+        ended, told = "answered", ""
+    except REFUSED as error:
+        ended, told = "refused", " ".join(str(error).split()) or type(error).__name__
+    except BaseException as error:  # also what the libraries raise past Exception
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        ended, told = f"raised {type(error).__name__}", "".join(traceback.format_exception(error)[-3:])
+    seconds, memory = time.perf_counter() - start, peak() - before
+    path = next(iter(case.values()))
+    if ended == "refused" and isinstance(path, Path) and str(path) not in told and not named(told):
+        ended = "refused without a name"
+    if seconds > SECONDS:
+        ended = "took too long"
+    size = sum(file.stat().st_size for file in path.rglob("*")) if isinstance(path, Path) and path.is_dir() else 0
+    size = path.stat().st_size if isinstance(path, Path) and path.is_file() else size
+    if memory > 2 * max(20 * size, claimed(case)) + SPARE:  # a good compressed file may hold twenty times its size
+        ended = "took too much memory"
+    return ended, told, seconds, memory
+
+
+def claimed(case: dict) -> int:
+    """Bytes that a good image or question of its size needs: of the pixels in its header, as long as Pillow takes so
+    many; of its characters, each perhaps a token."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            width, height = Image.open(case["image"]).size if "image" in case else (0, 0)
+        return 4 * width * height + 1000 * len(case.get("question", ""))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return 0
+
+
+def named(told: str) -> bool:
+    """Whether a line names what is wrong in another way than by the file's path."""
+    return any(word in told for word in ("question", "--max-pixels", "--sensor", "--dtype", "the image", "crop it"))
+
+
+def fuzz(cases: int, seed: int, only: int | None = None) -> Counter:
+    """Prints the table; returns how many cases of each reader ended how."""
+    ends, worst, shown = Counter(), {}, Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Path(folder))
+        for number in [only] if only is not None else range(cases):
+            rng = np.random.default_rng((seed, number))
+            reader = list(READERS)[number % len(READERS)]
+            case = READERS[reader](rng, bench)
+            ended, told, seconds, memory = run(bench, case)
+            ends[reader, ended] += 1
+            old = worst.get(reader, (0, 0))
+            worst[reader] = max(old[0], seconds), max(old[1], memory)
+            if only is not None or (ended not in ("answered", "refused") and shown[reader, ended] < 5):
+                shown[reader, ended] += 1
+                print(f"case {number} ({reader}) {ended}: {told[-2000:]}", file=sys.stderr)
+            if sys.stderr.isatty() and number % 50 == 0:
+                print(f"\r{number} of {cases}", end="\r", file=sys.stderr)
+    heads = ("reader", "tried", "answered", "refused", "failed", "longest, s", "most memory, MiB")
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
+    for reader in READERS:
+        tried = {ended: n for (name, ended), n in ends.items() if name == reader}
+        good = [tried.get("answered", 0), tried.get("refused", 0)]
+        cells = [reader, sum(tried.values()), *good, sum(tried.values()) - sum(good)]
+        seconds, memory = worst.get(reader, (0, 0))
+        print(f"| {' | '.join(map(str, cells))} | {seconds:.2f} | {memory / 2**20:.0f} |")
+    return ends
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--case", type=int, help="only this one, with its words")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    ends = fuzz(args.cases, args.seed, args.case)
+    return int(any(ended not in ("answered", "refused") for _, ended in ends))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
