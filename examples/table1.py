@@ -10,7 +10,8 @@ as Markdown; the scoring rules, `exact` and `choice`, stand in realworldqa.py.
 Two counts of FLOPs, a multiply-add being two
     linear           linear layers only, lm_head at every position: what the paper's counter saw, since it does not look
                      into fused attention
-    all              what runs up to the first token of the answer: attention too, lm_head at the last position alone
+    all              what runs up to the first token of the answer: attention too; lm_head, and the last layer's queries
+                     and MLP, at the last position alone
 MACs are half of each.
 
 RealWorldQA has no events: unless recorded ones are given, they come from the still image by the event-camera model of
