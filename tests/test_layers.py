@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as theirs_resize
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRMSNorm
 
@@ -57,6 +58,30 @@ def test_rms_norm_is_qwens(eps, dtype):
 
 def test_layer_norms_add_1e_6(checkpoint):
     assert {m.eps for m in checkpoint[2].vit.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most values that any operation returned."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for part in found if isinstance(found, tuple | list) else [found]:
+            if isinstance(part, torch.Tensor) and part.untyped_storage().nbytes():
+                self.values = max(self.values, part.numel())
+        return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_matrix_of_all_pairs_is_ever_held(dtype):
+    """Of 6400 patches, 41 million pairs, on the CPU with any number of threads up to 8."""
+    model = VisionTransformer(VisionConfig(depth=1, embed_dim=32, num_heads=2, hidden_size=8)).to(dtype)
+    keep = torch.ones(80, 80, dtype=torch.bool)
+    with torch.inference_mode(), Largest() as largest:
+        model(torch.zeros(1, 6400, 1176, dtype=dtype), keep)
+    assert 6400 * 1000 < largest.values <= 6400 * 1176 + 8 * vit.SCORES
+    assert largest.values < 6400**2 / 2
 
 
 def test_one_decoder_call_a_token(checkpoint):
