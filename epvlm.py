@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-if __name__ == "__main__":  # while the libraries load, and when all is done; between, `exit_status` sees to it
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # while the libraries load
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
@@ -63,6 +63,7 @@ from vit import ImageConfig, VisionConfig, VisionTransformer, packed_patches, sm
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 CHOICES = {"cell": ("group", "patch"), "ties": ("exact", "literal"), "polarity": ("count", "signed")}
 PROMPT_OPTIONS = ("cell", "ties", "polarity", "sensor", "window", "min_pixels", "max_pixels")
+DENSE_BYTES = 24  # that a pixel of the dense image takes while patches are chosen
 SPECIAL = {name: f"<|{name}|>" for name in ("im_start", "im_end", "vision_start", "vision_end", "image_pad")}
 
 
@@ -131,7 +132,8 @@ class EPVLM:
         height, width = smart_resize(image.height, image.width, patch * merge, limits.min_pixels, limits.max_pixels)
         before, after = self.text_ids(question)
         groups = height * width // (patch * merge) ** 2
-        self._check_room(groups if events is None else budget(groups, 1 - sparsity), groups, len(before) + len(after))
+        kept = groups if events is None else budget(groups, 1 - sparsity)  # at least
+        self._check_room(kept, groups, len(before) + len(after), answer=1)
         keep_patches, source = torch.ones(height // patch, width // patch, dtype=torch.bool), "no events"
         if events is not None:
             E_v, source = event_map(read_events(events, order, time_unit), sensor, image.size, window, polarity)
@@ -144,26 +146,31 @@ class EPVLM:
         patches = packed_patches(image, keep_patches, config, self.image_config)  # Eq. 7
         return Prompt(input_ids, positions, patches, keep, keep_patches, len(before), source)
 
-    def _check_room(self, kept: int, groups: int, others: int) -> None:
-        """Raises ValueError, with what brings it under, if `kept` of an image's `groups` and the `others`, tokens of
-        text and answer, exceed the model's context or the free memory."""
+    def _check_room(self, kept: int, groups: int, others: int, answer: int) -> None:
+        """Raises ValueError, with what brings it under, if `kept` of an image's `groups`, the `others`, tokens of text,
+        and those of the answer exceed the model's context or the free memory."""
         vision, text, weight = self.vit.config, self.llm.config, self.vit.patch_embed.proj.weight
         limit, free = text.max_position_embeddings, weights.free_memory(weight.device)
-        kv = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim
-        token = weight.element_size() * (kv + 4 * text.hidden_size + 3 * text.intermediate_size)  # bytes
+        kv = weight.element_size() * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim  # bytes
+        token = kv + weight.element_size() * (4 * text.hidden_size + 3 * text.intermediate_size)
         patch = weight[0].numel() * 4 + weight.element_size() * 12 * vision.embed_dim
+        pixels = (vision.patch_size * vision.spatial_merge_size) ** 2  # of a group
         group = token + vision.spatial_merge_size**2 * patch
-        room = int(min(limit - others, (free - others * token) / group))
+        dense = DENSE_BYTES * pixels * groups
+        room = int(min(limit - others - answer, (free - dense - others * token - answer * kv) / group))
         if kept <= room:
             return
-        needs = f"{kept + others} tokens ({kept} of the image, {others} of text and answer) exceed "
-        needs += f"the model's {limit}" if room == limit - others else f"{free / 2**30:.1f} GiB of free memory"
-        pixels = room * (vision.patch_size * vision.spatial_merge_size) ** 2
-        if others > kept or pixels < self.image_config.min_pixels:
-            raise ValueError(f"{needs}; lower --max-new-tokens, or shorten the question")
-        higher = math.ceil(100 * (1 - room / groups)) / 100
-        remedy = f" or, with events, --sparsity {higher:.2f}" if higher < 1 else ""
-        raise ValueError(f"{needs}; give --max-pixels {pixels}{remedy}")
+        within = f"the model's {limit}" if room == limit - others - answer else f"{free / 2**30:.1f} GiB of free memory"
+        needs = f"{kept + others + answer} tokens ({kept} of the image, {others} of text, {answer} of the answer)"
+        remedy = "lower --max-new-tokens, or shorten the question"
+        if others + answer <= kept:
+            spare = max(0, 128 - answer)  # for the usual answer
+            slim = int((free - others * token - answer * kv) / (group + DENSE_BYTES * pixels))
+            slim = min(limit - others - answer, slim) - spare  # groups of a smaller image
+            higher = math.ceil(100 * (1 - max(1, room - spare) / groups)) / 100
+            remedy = f"give --max-pixels {max(1, slim) * pixels} or less"
+            remedy += f", or with events in 28-pixel cells --sparsity {higher:.2f} or more" if 0 < higher < 1 else ""
+        raise ValueError(f"{needs} exceed {within}; {remedy}")
 
     def text_ids(self, question: str) -> tuple[list[int], list[int]]:
         """Token ids before and after the image. Special tokens are put in by id; a question that spells one is text."""
@@ -209,7 +216,7 @@ class EPVLM:
         if max_new_tokens < 1:
             raise ValueError(f"max-new-tokens {max_new_tokens}: give 1 or more")
         kept = int(prompt.keep.sum())
-        self._check_room(kept, prompt.keep.numel(), len(prompt.input_ids) - kept + max_new_tokens)
+        self._check_room(kept, prompt.keep.numel(), len(prompt.input_ids) - kept, max_new_tokens)
         return self._decode(prompt, max_new_tokens, sampler(temperature, top_p, seed))
 
     @torch.inference_mode()

@@ -21,6 +21,7 @@ at all; Eq. 6 as printed then keeps every one of them.
 """
 
 import argparse
+import contextlib
 import math
 import os
 import signal
@@ -34,7 +35,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
-if __name__ == "__main__":  # while the libraries load, and when all is done; between, `exit_status` sees to it
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # while the libraries load
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
@@ -48,7 +49,7 @@ ALIASES = {
 }
 MICROSECONDS = {"s": Fraction(10**6), "ms": Fraction(10**3), "us": Fraction(1), "ns": Fraction(1, 1000)}
 LUMA = np.array([0.299, 0.587, 0.114])  # of RGB, ITU-R BT.601
-MOST = 10**8  # events that the camera makes
+MOST = 10**8  # events that the camera makes, pixels of a sensor or a map
 LINEAR = 20  # luma below which the camera's response is linear
 CONVERT = (
     'a pickled object, which is never loaded; if you trust it, convert it: python -c "import numpy as np; '
@@ -135,11 +136,11 @@ def read_events(source, order: str | None = None, time_unit: str | None = None) 
                 f"{name}: shape {data.shape} of {data.dtype}; give x, y, t, p as fields or N x 4, or a map"
             )
         if data.shape[1] != 4:  # not events, so a map
-            if data.size == 0 or max(data.shape) > 20 * min(data.shape) or order is not None:
+            if not 0 < data.size <= MOST or max(data.shape) > 20 * min(data.shape) or order is not None:
                 raise ValueError(
                     f"{name}: shape {data.shape} is neither N x 4 events nor a map of an image; reshape it"
                 )
-            if not np.isfinite(data).all():
+            if data.dtype.kind == "f" and not np.isfinite(data).all():
                 raise ValueError(f"{name}: the event map holds NaN or infinity; replace them")
             return data
         data = dict(zip(order or _order(name, data), data.T, strict=True))
@@ -273,7 +274,7 @@ def event_map(events: Events | np.ndarray, sensor, size, window, polarity: str =
     """
     if isinstance(events, Events):
         width, height = sensor or size
-        if min(width, height) < 1 or width * height > 2**30:
+        if min(width, height) < 1 or width * height > MOST:
             raise ValueError(f"a sensor of {width} x {height} pixels; give its real size")
         events.check_inside(height, width)  # all of them, also outside the window: is this the sensor's size?
         if not sensor and len(events) and 2 * events.extent[1] < width and 2 * events.extent[3] < height:
@@ -357,6 +358,8 @@ def read_image(image: str | Path | Image.Image) -> Image.Image:
     """
     name = "the image" if isinstance(image, Image.Image) else str(image)
     try:
+        if not isinstance(image, Image.Image) and Path(image).exists() and not Path(image).is_file():
+            raise ValueError("not a file")
         image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
         if image.mode.startswith("I"):  # 16 bits of grey; some formats open as 32
             grey = np.asarray(image)
@@ -512,9 +515,11 @@ def exit_status(program: str, work: Callable[[], None]) -> int:
     """Does a command line's work. 0, or 2 for bad input (told in one line), 130 when interrupted, 1 when nobody reads
     its output any more."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (it stays open: the caller closed the real one)
-    main_thread = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler) if main_thread else None
+    previous = signal.getsignal(signal.SIGINT)
+    ours = threading.current_thread() is threading.main_thread() and previous not in (None, signal.SIG_IGN)
     try:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         work()
         return 0
     except BrokenPipeError:
@@ -523,10 +528,13 @@ def exit_status(program: str, work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, MemoryError, ArithmeticError, RuntimeError) as error:  # torch raises RuntimeError
-        print(f"{program}: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # where it cannot be told, the status still says it
+            print(
+                f"{program}: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr, flush=True
+            )
         return 2
     finally:
-        if main_thread:
+        if ours:
             signal.signal(signal.SIGINT, previous)
 
 

@@ -182,9 +182,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = nn.ModuleDict()
-        table = torch.empty(
-            config.vocab_size, config.hidden_size
-        )  # nn.Embedding would fill it: a second, on "meta" too
+        # left unfilled: nn.Embedding's own filling takes a second, even of a model on the meta device
+        table = torch.empty(config.vocab_size, config.hidden_size)
         self.model["embed_tokens"] = nn.Embedding.from_pretrained(table, freeze=False)
         self.model["layers"] = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.model["norm"] = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -84,7 +84,8 @@ def fetch(model: str | Path, revision: str | None = None) -> Path:
 def free_memory(device: torch.device) -> float:
     """Bytes that can still be had on a device; infinite where that is not known."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, to be used again
+        return torch.cuda.mem_get_info(device)[0] + held
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
@@ -92,11 +93,18 @@ def free_memory(device: torch.device) -> float:
         return math.inf
 
 
+def check_file(path: Path, most: int) -> None:
+    """Raises ValueError unless a file that exists is a plain one of `most` bytes at most."""
+    if path.exists() and not (path.is_file() and path.stat().st_size <= most):
+        raise ValueError(f"not a file of at most {most >> 20} MiB")
+
+
 def read_json(path: Path, required: bool = True) -> dict:
     """A JSON object from a file; {} where an optional file is missing. Raises ValueError naming the file."""
     if not required and not path.is_file():
         return {}
     try:
+        check_file(path, 2**26)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; the checkpoint is not complete, fetch it again") from None
@@ -207,6 +215,7 @@ def read_tokenizer(folder: Path, vocab_size: int, special: Iterable[str]) -> Tok
     if not path.is_file():
         raise ValueError(f"{path}: no such file; the checkpoint is not complete, fetch it again or copy it there")
     try:
+        check_file(path, 2**28)
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers package raises nothing narrower
         raise ValueError(f"{path}: not a tokenizer ({error}); fetch it again") from None
@@ -300,10 +309,11 @@ def _shards(folder: Path) -> list[Path]:
 
 def _open(path: Path):
     try:
+        check_file(path, 2**40)
         return safe_open(path, framework="pt")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; the checkpoint is not complete, fetch it again") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{path}: not a safetensors file ({error}); fetch it again") from None
 
 

@@ -463,6 +463,20 @@ def test_event_order_does_not_matter_and_nothing_is_written_to(recording, random
     assert np.array_equal(shuffled, before)
 
 
+@pytest.mark.parametrize("polarity", ["count", "signed"])
+def test_many_events_are_added_up_in_pieces(polarity):
+    """600,000 events on 3 x 6 pixels: more than one piece."""
+    rng, rows = np.random.default_rng(0), np.zeros(600_000, XYTP)
+    rows["x"], rows["y"], rows["p"] = (
+        rng.integers(0, 6, 600_000),
+        rng.integers(0, 3, 600_000),
+        rng.integers(0, 2, 600_000),
+    )
+    expected = np.zeros((3, 6), dtype=np.int64)
+    np.add.at(expected, (rows["y"], rows["x"]), 1 if polarity == "count" else 2 * rows["p"] - 1)
+    assert np.array_equal(accumulate(read_events(rows), 3, 6, polarity), expected)
+
+
 def test_counts_do_not_overflow():
     """40,000 events on one pixel are more than int16 holds; with uint8 coordinates y * width would wrap at 256."""
     rows = np.zeros(40_000, dtype=[("x", "u1"), ("y", "u1"), ("t", "i8"), ("p", "?")])
