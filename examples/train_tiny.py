@@ -265,7 +265,7 @@ class Training:
 def main() -> int:
     parser = Parser("train_tiny", description="Trains the tiny Qwen2-VL on made-up scenes.")
     parser.add_argument("folder", type=Path, help="of the run; it goes on from what is there")
-    parser.add_argument("--steps", type=int, default=12000, help="in all (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=9000, help="in all (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate (default: %(default)s)")
     args = parser.parse_args()
     return exit_status("train_tiny", lambda: train(args.folder, args.steps, args.rate))
