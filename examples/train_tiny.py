@@ -11,10 +11,15 @@ an image is read once, and each of its questions sees it but no other question.
 """
 
 import json
+import os
+import signal
 import sys
 import time
 from collections import Counter, defaultdict, deque
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # while the libraries load
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch
