@@ -50,6 +50,7 @@ ALIASES = {
 MICROSECONDS = {"s": Fraction(10**6), "ms": Fraction(10**3), "us": Fraction(1), "ns": Fraction(1, 1000)}
 LUMA = np.array([0.299, 0.587, 0.114])  # of RGB, ITU-R BT.601
 MOST = 10**8  # events that the camera makes, pixels of a sensor or a map
+REFUSALS = (ValueError, OSError, MemoryError, ArithmeticError, RuntimeError)  # told in a line; torch's are RuntimeError
 LINEAR = 20  # luma below which the camera's response is linear
 CONVERT = (
     'a pickled object, which is never loaded; if you trust it, convert it: python -c "import numpy as np; '
@@ -527,7 +528,7 @@ def exit_status(program: str, work: Callable[[], None]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError, MemoryError, ArithmeticError, RuntimeError) as error:  # torch raises RuntimeError
+    except REFUSALS as error:
         with contextlib.suppress(OSError):  # where it cannot be told, the status still says it
             print(
                 f"{program}: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr, flush=True

@@ -17,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -222,7 +223,8 @@ def bench(args, watch: Watch) -> tuple[list[str], list[float]]:
     theirs = Theirs(args.checkpoint, args.dtype, args.device, ours)
     found, noise = defaultdict(list), []
     given = ours.prompt(*inputs(1024), 0)
-    file = Path(f"/tmp/bench_transformers_{os.getpid()}.npz")
+    folder = tempfile.TemporaryDirectory()
+    file = Path(folder.name) / "given.npz"
     np.savez(file, image=np.asarray(inputs(1024)[0]), ids=given.input_ids, patches=given.patches,
              grid=given.keep_patches.shape)  # fmt: skip
     for number in range(-1, args.rounds):  # the first warms up
@@ -244,7 +246,7 @@ def bench(args, watch: Watch) -> tuple[list[str], list[float]]:
     del ours, theirs
     if args.device == "cpu":
         told += loading(args, file)
-    file.unlink()
+    folder.cleanup()
     return told, noise
 
 

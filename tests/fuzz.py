@@ -33,13 +33,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import tiny
 import weights
 from epvlm import EPVLM
+from events import REFUSALS
 
 SECONDS, SPARE = 10, 64 * 2**20
+TOKEN = 4 * (128 + 4 * 64 + 3 * 96)  # bytes of one in the small model: keys, values and the widest layer, float32
 ROWS = [("x", "<u2"), ("y", "<u2"), ("t", "<i8"), ("p", "u1")]
 NASTY = [None, True, False, 0, 1, -1, 3, 7, 2**31, 2**63, 10**30, 0.5, -1.5, 1e308, float("inf"), float("nan"), "",
          "x", "0", [], [1], [16, 24, 24], [0, 0, 0], ["x"], {}, {"type": "mrope"}, "../config.json", "\ud800",
          "\0"]  # fmt: skip
-REFUSED = (ValueError, OSError, MemoryError, ArithmeticError, RuntimeError)  # as events.exit_status
 
 
 class Bench:
@@ -409,7 +410,7 @@ def run(bench: Bench, case: dict) -> tuple[str, str, float, int]:
         with warnings.catch_warnings(action="ignore"):
             use(bench, case)
         ended, told = "answered", ""
-    except REFUSED as error:
+    except REFUSALS as error:
         ended, told = "refused", " ".join(str(error).split()) or type(error).__name__
     except BaseException as error:  # also what the libraries raise past Exception
         if isinstance(error, KeyboardInterrupt):
@@ -434,7 +435,7 @@ def claimed(case: dict) -> int:
     try:
         with warnings.catch_warnings(action="ignore"):
             width, height = Image.open(case["image"]).size if "image" in case else (0, 0)
-        return 4 * width * height + 1000 * len(case.get("question", ""))
+        return 4 * width * height + TOKEN * len(case.get("question", ""))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return 0
 

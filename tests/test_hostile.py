@@ -66,16 +66,12 @@ def test_no_special_token_comes_from_a_question(checkpoint, request, which, text
 # Context and memory
 
 
-def limits_of(model: EPVLM, monkeypatch, free: float) -> None:
-    monkeypatch.setattr(weights, "free_memory", lambda device: free)
-
-
 @pytest.mark.parametrize("short", ["context", "memory"])
 def test_what_is_too_long_is_refused_with_what_brings_it_under(monkeypatch, short):
     model = EPVLM.from_pretrained(TINY, device="cpu")  # a context of 1024
     image, E_v = Image.new("RGB", (1400, 1400)), np.ones((50, 50))
     free = 10**12 if short == "context" else 80 * 10**6
-    limits_of(model, monkeypatch, free)
+    monkeypatch.setattr(weights, "free_memory", lambda device: free)
     given = {"max_pixels": 10**7}
     with pytest.raises(ValueError, match="exceed") as refused:
         model.prompt(image, None, "what?", **given)
