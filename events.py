@@ -26,7 +26,6 @@ import math
 import os
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -48,9 +47,8 @@ ALIASES = {
     "p": ("p", "polarity", "polarities", "pol", "ps"),
 }
 MICROSECONDS = {"s": Fraction(10**6), "ms": Fraction(10**3), "us": Fraction(1), "ns": Fraction(1, 1000)}
-LUMA = np.array([0.299, 0.587, 0.114])  # of RGB, ITU-R BT.601
 MOST = 10**8  # events that the camera makes, pixels of a sensor or a map
-REFUSALS = (ValueError, OSError, MemoryError, ArithmeticError, RuntimeError)  # told in a line; torch's are RuntimeError
+LUMA = np.array([0.299, 0.587, 0.114])  # of RGB, ITU-R BT.601
 LINEAR = 20  # luma below which the camera's response is linear
 CONVERT = (
     'a pickled object, which is never loaded; if you trust it, convert it: python -c "import numpy as np; '
@@ -58,6 +56,11 @@ CONVERT = (
     "names = d.dtype.names if hasattr(d, 'dtype') else d; "
     "np.savez('{1}-plain.npz', **{{k: np.array(np.asarray(d[k]).tolist()) for k in names}})\""
 )
+REFUSALS = (ValueError, OSError, MemoryError, ArithmeticError, RuntimeError)  # told in a line; torch's are RuntimeError
+
+
+def fault(name, what: str, remedy: str) -> ValueError:
+    return ValueError(f"{name}: {what}; {remedy}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +72,7 @@ class Events:
     y: np.ndarray  # (N,) pixels
     t: np.ndarray  # (N,) in `unit`
     p: np.ndarray  # (N,) 0 / 1, -1 / +1 or bool
-    unit: str  # a key of MICROSECONDS
+    unit: str = "us"  # a key of MICROSECONDS
 
     def __len__(self) -> int:
         return len(self.t)
@@ -85,13 +88,11 @@ class Events:
 
     def check_inside(self, height: int, width: int) -> None:
         """Raises ValueError, telling their extent, if events lie outside a sensor of this size."""
-        if not len(self):
-            return
-        left, right, top, bottom = self.extent
+        left, right, top, bottom = self.extent if len(self) else (0, 0, 0, 0)
         if min(left, top) < 0 or right >= width or bottom >= height:
-            remedy = "drop those below 0" if min(left, top) < 0 else "give the event camera's size with --sensor WxH"
-            extent = f"x {left} to {right} and y {top} to {bottom}, not inside {width} x {height} pixels"
-            raise ValueError(f"{self.name}: events cover {extent}; {remedy}")
+            extent = f"events cover x {left} to {right} and y {top} to {bottom}, not inside {width} x {height} pixels"
+            below = min(left, top) < 0
+            raise fault(self.name, extent, "drop those below 0" if below else "give the sensor's size: --sensor WxH")
 
     def within(self, start: float, end: float) -> "Events":
         """The events from `start` to `end`, both included, in microseconds on the recording's clock.
@@ -104,14 +105,10 @@ class Events:
         low, high = (math.ceil(low), math.floor(high)) if self.t.dtype.kind in "iu" else (float(low), float(high))
         chosen = (self.t >= low) & (self.t <= high)
         if len(self) and not chosen.any():
-            whole = f"it goes from {_interval(*self.span())}; change --window or --time-unit"
-            raise ValueError(f"{self.name}: no event from {_interval(start, end)}, {whole}")
+            times = (np.format_float_positional(time, trim="-") for time in (start, end, *self.span()))
+            told = "no event from {} to {} us, it goes from {} to {} us".format(*times)
+            raise fault(self.name, told, "change --window or --time-unit")
         return Events(self.name, *(column[chosen] for column in (self.x, self.y, self.t, self.p)), self.unit)
-
-
-def _interval(*times: float) -> str:
-    """Times in microseconds with all their digits: "67500 to 87500.5 us"."""
-    return " to ".join(f"{time:.3f}".rstrip("0").rstrip(".") for time in times) + " us"
 
 
 def read_events(source, order: str | None = None, time_unit: str | None = None) -> Events | np.ndarray:
@@ -133,20 +130,16 @@ def read_events(source, order: str | None = None, time_unit: str | None = None) 
     name, data = ("the events", source) if isinstance(source, np.ndarray) else (str(source), _load(Path(source)))
     if isinstance(data, np.ndarray) and not data.dtype.names:
         if data.ndim != 2 or data.dtype.kind not in "biuf":
-            raise ValueError(
-                f"{name}: shape {data.shape} of {data.dtype}; give x, y, t, p as fields or N x 4, or a map"
-            )
-        if data.shape[1] != 4:  # not events, so a map
-            if not 0 < data.size <= MOST or max(data.shape) > 20 * min(data.shape) or order is not None:
-                raise ValueError(
-                    f"{name}: shape {data.shape} is neither N x 4 events nor a map of an image; reshape it"
-                )
-            if data.dtype.kind == "f" and not np.isfinite(data).all():
-                raise ValueError(f"{name}: the event map holds NaN or infinity; replace them")
-            return data
+            raise fault(name, f"shape {data.shape} of {data.dtype}", "give x, y, t, p as fields or N x 4, or a map")
+        if data.shape[1] != 4:
+            return _checked_map(name, data, order)
         data = dict(zip(order or _order(name, data), data.T, strict=True))
-    columns = [np.ravel(data[field]) for field in _fields(name, data)]
-    return _checked_events(Events(name, *columns, time_unit or "us"), warn=time_unit is None)
+    events = Events(name, *(np.ravel(data[field]) for field in _fields(name, data)), time_unit or "us")
+    _check_events(events)
+    if time_unit is None and _fractions(events.t) and np.ptp(events.t) < 1e6:
+        told = f"{name}: times have fractions and span only {np.ptp(events.t):.6g}; taken as microseconds"
+        warnings.warn(f"{told}, if they are not, say --time-unit s, ms or ns (us silences this)", stacklevel=2)
+    return events
 
 
 def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
@@ -174,12 +167,20 @@ def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
             raise ValueError(f"it holds {', '.join(names)}, which are no arrays")
         return next(iter(arrays.values())) if len(arrays) == 1 else arrays
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; give a .npy or .npz of events, or none") from None
+        raise fault(path, "no such file", "give a .npy or .npz of events, or none") from None
     except Exception as error:  # numpy, zipfile, zlib and tokenize raise of many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, ValueError) and "object" in reason.lower():
             reason = CONVERT.format(path, path.stem)
         raise ValueError(f"{path}: cannot be read as events: {reason}") from None
+
+
+def _checked_map(name: str, E_v: np.ndarray, order: str | None) -> np.ndarray:
+    if not 0 < E_v.size <= MOST or max(E_v.shape) > 20 * min(E_v.shape) or order is not None:
+        raise fault(name, f"shape {E_v.shape} is neither N x 4 events nor a map of an image", "reshape it")
+    if E_v.dtype.kind == "f" and not np.isfinite(E_v).all():
+        raise fault(name, "the event map holds NaN or infinity", "replace them")
+    return E_v
 
 
 def _fields(name: str, data) -> list[str]:
@@ -188,8 +189,8 @@ def _fields(name: str, data) -> list[str]:
     found = [[key for key in present if key.lower() in aliases] for aliases in ALIASES.values()]
     for column, keys in zip(ALIASES, found, strict=True):
         if len(keys) != 1:
-            fault = f"{len(keys) or 'no'} columns for {column} among {', '.join(present) or 'none at all'}"
-            raise ValueError(f"{name}: {fault}; name them x, y, t, p, or store a single array")
+            told = f"{len(keys) or 'no'} columns for {column} among {', '.join(present) or 'none at all'}"
+            raise fault(name, told, "name them x, y, t, p, or store a single array")
     return [key for keys in found for key in keys]
 
 
@@ -216,7 +217,7 @@ def _order(name: str, rows: np.ndarray) -> str:
         moving = len(values) >= 8 and 2 * np.count_nonzero(values[1:] != values[:-1]) >= len(values)
         certain = certain and (exact or moving or ranges[time] == max(ranges.values()))
     if not certain:
-        raise ValueError(f"{name}: which of its columns are x, y, t, p is uncertain; say it, as in --order txyp")
+        raise fault(name, "which of its columns are x, y, t, p is uncertain", "say it, as in --order txyp")
     x, y = (c for c in columns if c not in (time, polar[0]))
     return "".join({x: "x", y: "y", time: "t", polar[0]: "p"}[c] for c in columns)
 
@@ -225,28 +226,22 @@ def _fractions(values: np.ndarray) -> bool:
     return values.dtype.kind == "f" and bool((values != np.floor(values)).any())
 
 
-def _checked_events(events: Events, warn: bool) -> Events:
-    """Raises ValueError for columns no sensor could have written; warns where the time unit is likely another."""
-    name, allowed = events.name, {"x": "iuf", "y": "iuf", "t": "iuf", "p": "biuf"}
-    for column, kinds in allowed.items():
+def _check_events(events: Events) -> None:
+    """Raises ValueError for columns no sensor could have written."""
+    name, p = events.name, events.p
+    for column, kinds in {"x": "iuf", "y": "iuf", "t": "iuf", "p": "biuf"}.items():
         values = getattr(events, column)
         if values.dtype.kind not in kinds or values.dtype.itemsize > 8:
-            raise ValueError(f"{name}: {column} is of type {values.dtype}; store numbers")
+            raise fault(name, f"{column} is of type {values.dtype}", "store numbers")
         if len(values) != len(events):
-            raise ValueError(f"{name}: {len(values)} values of {column} but {len(events)} of t; store as many of each")
+            raise fault(name, f"{len(values)} values of {column} but {len(events)} of t", "store as many of each")
         if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise ValueError(f"{name}: {column} holds NaN or infinity; drop those events")
+            raise fault(name, f"{column} holds NaN or infinity", "drop those events")
         if column in "xy" and _fractions(values):
-            raise ValueError(f"{name}: {column} holds fractions of a pixel; round them to whole pixels")
-    if len(events):
-        low, high = events.p.min(), events.p.max()
-        if low < -1 or high > 1 or _fractions(events.p) or (low < 0 and (events.p == 0).any()):
-            raise ValueError(f"{name}: polarities from {low} to {high}; store 0 and 1, -1 and +1, or bool")
-        span = float(events.t.max()) - float(events.t.min()) if warn and _fractions(events.t) else 1e6
-        if span < 1e6:
-            told = f"{name}: times have fractions and span only {span:.6g}; taken as microseconds"
-            warnings.warn(f"{told}, if they are not, say --time-unit s, ms or ns (us silences this)", stacklevel=3)
-    return events
+            raise fault(name, f"{column} holds fractions of a pixel", "round them to whole pixels")
+    low, high = (p.min(), p.max()) if len(p) else (0, 1)
+    if low < -1 or high > 1 or _fractions(p) or (low < 0 and (p == 0).any()):
+        raise fault(name, f"polarities from {low} to {high}", "store 0 and 1, -1 and +1, or bool")
 
 
 def accumulate(events: Events, height: int, width: int, polarity: str = "count") -> np.ndarray:
@@ -374,10 +369,10 @@ def read_image(image: str | Path | Image.Image) -> Image.Image:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except FileNotFoundError:
-        raise ValueError(f"{name}: no such file; give the path of an image") from None
+        raise fault(name, "no such file", "give the path of an image") from None
     except Exception as error:  # Pillow's readers raise of many kinds
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{name}: not an image that can be read ({reason}); give an 8-bit PNG or JPEG") from None
+        told = f"not an image that can be read ({' '.join(str(error).split())})"
+        raise fault(name, told, "give an 8-bit PNG or JPEG") from None
 
 
 def log_intensity(frame: np.ndarray) -> np.ndarray:
@@ -399,8 +394,7 @@ def camera(
     out of range, frames that differ in size or do not follow in time, and more than MOST events.
     """
     for name, value, least, most in (("threshold", C, 1e-3, 10), ("spread", spread, 0, 10), ("noise", noise, 0, 1e6)):
-        if not least <= value <= most:
-            raise ValueError(f"--{name} {value:g}: give {least:g} to {most:g}")
+        _check_setting(name, value, least, most)
     rng, found, held = np.random.default_rng(seed), [], 0
     shown = ((time, log_intensity(frame)) for time, frame in frames)
     first = last = next(shown, (0, np.zeros((0, 0))))
@@ -419,26 +413,24 @@ def camera(
         last = now
     if not found:
         raise ValueError("an event camera needs two frames or more")
-    if noise:
-        found.append(_noise(rng, noise, first[0], last[0], *level.shape))
+    _check_room(expected := noise * level.size * (last[0] - first[0]) / 1e6)
+    n = rng.poisson(expected)
+    place = rng.integers(0, [[level.shape[1]], [level.shape[0]]], (2, n), dtype=np.int32)
+    found.append((*place, rng.uniform(first[0], last[0], n), rng.integers(0, 2, n, dtype=np.uint8)))
     x, y, t, p = (np.concatenate(column) for column in zip(*found, strict=True))
     order, t = np.argsort(t, kind="stable"), np.rint(t).astype(np.int64)
-    return Events("the event camera", *(column[order] for column in (x, y, t, p)), "us")
+    return Events("the event camera", *(column[order] for column in (x, y, t, p)))
 
 
-def _noise(rng: np.random.Generator, rate: float, start: float, end: float, height: int, width: int):
-    """x, y, time and polarity of events that mean nothing, `rate` to a pixel and second."""
-    expected = rate * height * width * (end - start) / 1e6
-    _check_room(expected)
-    n = rng.poisson(expected)
-    place = rng.integers(0, [[width], [height]], (2, n), dtype=np.int32)
-    return *place, rng.uniform(start, end, n), rng.integers(0, 2, n, dtype=np.uint8)
+def _check_setting(name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise ValueError(f"--{name} {value:g}: give {least:g} to {most:g}")
 
 
 def _check_room(events: float) -> None:
     if not events <= MOST:
-        remedy = "raise --threshold, lower --noise, or make the images smaller"
-        raise ValueError(f"{events:.3g} events, but at most {MOST:.0e} find room; {remedy}")
+        told = f"at most {MOST:.0e} find room; raise --threshold, lower --noise, or make the images smaller"
+        raise ValueError(f"{events:.3g} events, but {told}")
 
 
 def _crossings(level, step, last, now):
@@ -461,8 +453,7 @@ def _crossings(level, step, last, now):
 def saccade(image: np.ndarray, radius: float = 2.0, duration: float = 100_000) -> Iterator[tuple[float, np.ndarray]]:
     """Frames for `camera` from a still image (H, W, 3): its luma, moved once around an equilateral triangle about its
     true place, `radius` pixels from it at the corners, by at most half a pixel a frame; `duration` in microseconds."""
-    if not 0 <= radius <= 64:
-        raise ValueError(f"--radius {radius:g}: give 0 to 64 pixels")
+    _check_setting("radius", radius, 0, 64)
     luma, margin = image @ LUMA, math.ceil(radius) + 1
     padded = np.pad(luma, margin, mode="edge")
     corners = radius * np.exp(2j * np.pi * np.arange(4) / 3 + 0.5j * np.pi)
@@ -477,11 +468,29 @@ def saccade(image: np.ndarray, radius: float = 2.0, duration: float = 100_000) -
         yield duration * step / steps, (1 - right) * shown[:, :-1] + right * shown[:, 1:]
 
 
+def movie(paths: list[str], fps: float = 30.0) -> Iterator[tuple[float, np.ndarray]]:
+    """Frames for `camera` from image files, read one by one. Raises ValueError that names the file."""
+    _check_setting("fps", fps, 1e-3, 1e6)
+    size = None
+    for number, path in enumerate(paths):
+        image = read_image(path)
+        size = size or image.size
+        if image.size != size:
+            told = "{} x {} pixels, but {} x {}".format(*image.size, *size)
+            raise fault(path, f"{told} in {paths[0]}", "give frames of one size")
+        with Image.open(path) as file:
+            if getattr(file, "n_frames", 1) > 1:
+                raise fault(path, f"holds {file.n_frames} images", "save each as a file of its own")
+        yield 1e6 * number / fps, np.asarray(image)
+        if sys.stderr.isatty():
+            print(f"\rframe {number + 1}\033[K", end="\r", file=sys.stderr, flush=True)
+
+
 def check_output(path: Path) -> Path:
     """Where a file named so is written, links followed. Raises ValueError, before any work, where it cannot be."""
     place = path.resolve()
     if not place.parent.is_dir() or (place.exists() and not place.is_file()):
-        raise ValueError(f"{path}: cannot be written there; give a file's name in a folder that exists")
+        raise fault(path, "cannot be written there", "give a file's name in a folder that exists")
     return place
 
 
@@ -517,10 +526,9 @@ def exit_status(program: str, work: Callable[[], None]) -> int:
     its output any more."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (it stays open: the caller closed the real one)
     previous = signal.getsignal(signal.SIGINT)
-    ours = threading.current_thread() is threading.main_thread() and previous not in (None, signal.SIG_IGN)
+    if previous is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         work()
         return 0
     except BrokenPipeError:
@@ -529,39 +537,20 @@ def exit_status(program: str, work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return 130
     except REFUSALS as error:
+        told = " ".join(str(error).split()) or type(error).__name__
         with contextlib.suppress(OSError):  # where it cannot be told, the status still says it
-            print(
-                f"{program}: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr, flush=True
-            )
+            print(f"{program}: error: {told}", file=sys.stderr, flush=True)
         return 2
     finally:
-        if ours:
-            signal.signal(signal.SIGINT, previous)
-
-
-def movie(paths: list[str], fps: float) -> Iterator[tuple[float, np.ndarray]]:
-    """Frames for `camera` from image files, read one by one. Raises ValueError that names the file."""
-    if not 1e-3 <= fps <= 1e6:
-        raise ValueError(f"--fps {fps:g}: give the frames a second, 0.001 to 1000000")
-    size = None
-    for number, path in enumerate(paths):
-        image = read_image(path)
-        size = size or image.size
-        if image.size != size:
-            told = "{} x {} pixels, but {} x {}".format(*image.size, *size)
-            raise ValueError(f"{path}: {told} in {paths[0]}; give frames of one size")
-        with Image.open(path) as file:
-            if getattr(file, "n_frames", 1) > 1:
-                raise ValueError(f"{path}: holds {file.n_frames} images; save each as a file of its own")
-        yield 1e6 * number / fps, np.asarray(image)
+        signal.signal(signal.SIGINT, previous)
 
 
 def run(args: argparse.Namespace) -> None:
     """The command line's work: images in, a recording out."""
     if check_output(args.output) in [Path(path).resolve() for path in args.images]:
-        raise ValueError(f"{args.output}: is one of the images; give another name with --output")
+        raise fault(args.output, "is one of the images", "give another name with --output")
     if args.output.suffix != ".npy":
-        raise ValueError(f"{args.output}: a recording is an .npy file; name it so")
+        raise fault(args.output, "a recording is an .npy file", "name it so")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: give 0 or more")
     single = len(args.images) == 1
@@ -573,18 +562,10 @@ def run(args: argparse.Namespace) -> None:
         frames = movie(args.images, 30.0 if args.fps is None else args.fps)
         if single:
             frames = saccade(next(frames)[1], 2.0 if args.radius is None else args.radius)
-        events = camera(_told(frames), args.threshold, args.spread, args.noise, args.seed)
+        events = camera(frames, args.threshold, args.spread, args.noise, args.seed)
     save_events(events, args.output)
     hint = "" if len(events) else ": no pixel changed so much, lower --threshold"
     print(f"wrote {len(events)} events to {args.output}{hint}", file=sys.stderr)
-
-
-def _told(frames: Iterator) -> Iterator:
-    """Counts the frames on a terminal."""
-    for number, frame in enumerate(frames, 1):
-        if sys.stderr.isatty():
-            print(f"\rframe {number}\033[K", end="\r", file=sys.stderr, flush=True)
-        yield frame
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -22,15 +22,8 @@ from pathlib import Path
 from typing import NamedTuple, get_args, get_origin
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import errors, snapshot_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from huggingface_hub.utils import disable_progress_bars
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
@@ -50,47 +43,39 @@ FIXED = (  # settings that other models have otherwise: section, key, what Qwen2
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
+def fault(path, what: str, remedy: str = "fetch the checkpoint again") -> ValueError:
+    return ValueError(f"{path}: {what}; {remedy}")
+
+
 def fetch(model: str | Path, revision: str | None = None) -> Path:
     """The folder of a checkpoint: `model` itself if it is one, else the hub's repository of that name, downloaded into
     huggingface_hub's cache (its progress bars show on a terminal only). Raises ValueError with the remedy."""
     folder = Path(os.path.expanduser(model))  # which, unlike Path's, raises nothing
     if folder.exists() or folder.is_absolute() or str(model).startswith((".", "~")):
         if not (folder / "config.json").is_file():
-            raise ValueError(f"{model}: no checkpoint, there is no config.json in it; give its folder or a hub id")
+            raise fault(model, "no checkpoint, there is no config.json in it", "give its folder or a hub id")
         if revision:
-            raise ValueError(f"{model}: a folder has no revisions; leave --revision out")
+            raise fault(model, "a folder has no revisions", "leave --revision out")
         return folder
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:
         return Path(snapshot_download(str(model), revision=revision, allow_patterns=FILES))
-    except HFValidationError:
-        reason = "neither a folder nor a hub id such as Qwen/Qwen2-VL-2B-Instruct; correct --model"
-    except LocalEntryNotFoundError:
+    except errors.HFValidationError:
+        told = "neither a folder nor a hub id such as Qwen/Qwen2-VL-2B-Instruct", "correct --model"
+    except errors.LocalEntryNotFoundError:
         why = "HF_HUB_OFFLINE forbids the hub" if HF_HUB_OFFLINE else "the hub cannot be reached"
-        reason = f"not in the local cache, and {why}; connect once, or give a folder: --model DIR"
-    except GatedRepoError:
-        reason = "needs leave; ask for it on its page at the hub, then `hf auth login`"
-    except RevisionNotFoundError:
-        reason = f"has no revision {revision!r}; correct --revision"
-    except RepositoryNotFoundError:
-        reason = "no such repository, or a private one; correct --model, or `hf auth login`"
+        told = f"not in the local cache, and {why}", "connect once, or give a folder: --model DIR"
+    except errors.GatedRepoError:
+        told = "needs leave", "ask for it on its page at the hub, then `hf auth login`"
+    except errors.RevisionNotFoundError:
+        told = f"has no revision {revision!r}", "correct --revision"
+    except errors.RepositoryNotFoundError:
+        told = "no such repository, or a private one", "correct --model, or `hf auth login`"
     except Exception as error:  # whatever the hub's client, its network library and the disk raise
-        told = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        reason = f"cannot be downloaded ({told}); try again, make room, or set HF_HOME to a folder you can write"
-    raise ValueError(f"{model}: {reason}")
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that can still be had on a device; infinite where that is not known."""
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, to be used again
-        return torch.cuda.mem_get_info(device)[0] + held
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return math.inf
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        told = f"cannot be downloaded ({reason})", "try again, make room, or set HF_HOME to a folder you can write"
+    raise fault(model, *told)
 
 
 def check_file(path: Path, most: int) -> None:
@@ -107,12 +92,19 @@ def read_json(path: Path, required: bool = True) -> dict:
         check_file(path, 2**26)
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; the checkpoint is not complete, fetch it again") from None
+        raise fault(path, "no such file", "the checkpoint is not complete, fetch it again") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error}); fetch the checkpoint again") from None
+        raise fault(path, f"not readable as JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not an object; fetch the checkpoint again")
+        raise fault(path, f"holds a {type(content).__name__}, not an object")
     return content
+
+
+def _object(path: Path, section: dict, key: str) -> dict:
+    value = section.get(key) or {}
+    if not isinstance(value, dict):
+        raise fault(path, f"{key} is {value!r}, not an object")
+    return dict(value)
 
 
 def read_config(folder: Path) -> tuple[dict, dict]:
@@ -123,12 +115,10 @@ def read_config(folder: Path) -> tuple[dict, dict]:
     left out: the dataclasses hold Qwen2-VL's own defaults, which such files rely on. Source: Qwen2VLConfig in
     transformers' configuration_qwen2_vl.py. Raises ValueError if it describes another model.
     """
-    path = folder / "config.json"
+    path, other = folder / "config.json", "give a Qwen2-VL checkpoint"
     root = read_json(path)
     if root.get("model_type") != "qwen2_vl":
-        raise ValueError(
-            f"{path}: model_type is {root.get('model_type')!r}, not 'qwen2_vl'; give a Qwen2-VL checkpoint"
-        )
+        raise fault(path, f"model_type is {root.get('model_type')!r}, not 'qwen2_vl'", other)
     vision = _object(path, root, "vision_config")
     text = {**root, **_object(path, root, "text_config")}
     vision.setdefault("in_channels", vision.get("in_chans", 3))
@@ -140,7 +130,7 @@ def read_config(folder: Path) -> tuple[dict, dict]:
     for section, key, *accepted in FIXED:
         value = (vision if section == "vision" else text).get(key)
         if value not in (None, *accepted):
-            raise ValueError(f"{path}: {section} {key} is {value!r}, not {accepted[0]!r}; give a Qwen2-VL checkpoint")
+            raise fault(path, f"{section} {key} is {value!r}, not {accepted[0]!r}", other)
     return vision, text
 
 
@@ -158,34 +148,27 @@ def read_image_config(folder: Path, config_class: type):
     return fill(config_class, section, path)
 
 
-def _object(path: Path, section: dict, key: str) -> dict:
-    value = section.get(key) or {}
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: {key} is {value!r}, not an object; fetch the checkpoint again")
-    return dict(value)
-
-
 def fill(config_class: type, section: dict, path: Path):
     """A frozen config dataclass from a section of a JSON file: unknown keys are left, absent ones take the default.
 
-    Raises ValueError, naming file and key, for a value of the wrong type or out of range: below 0, and for
-    whole numbers 0 itself.
+    Raises ValueError, naming file and key, for a value of the wrong type or out of range: below 0, and for whole
+    numbers 0 itself.
     """
     values = {}
     for field in fields(config_class):
-        if section.get(field.name) is None:
+        value, several = section.get(field.name), get_origin(field.type) is tuple
+        if value is None:
             continue
-        value, several = section[field.name], get_origin(field.type) is tuple
         kind = get_args(field.type)[0] if several else field.type
         items = value if several and isinstance(value, list) else [value]
         if not all(_fits(item, kind) for item in items) or several != isinstance(value, list):
             what = f"{'a list of ' if several else 'a '}positive {kind.__name__}"
-            raise ValueError(f"{path}: {field.name} is {value!r}, not {what}; fetch the checkpoint again")
+            raise fault(path, f"{field.name} is {value!r}, not {what}")
         values[field.name] = tuple(map(kind, items)) if several else kind(value)
     try:
         return config_class(**values)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; fetch the checkpoint again") from None
+        raise fault(path, error) from None
 
 
 def _fits(value, kind: type) -> bool:
@@ -204,7 +187,7 @@ def read_ends(folder: Path) -> set[int]:
         path, ends = folder / "config.json", read_config(folder)[1].get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     if not all(type(end) is int for end in ends):
-        raise ValueError(f"{path}: eos_token_id is {ends!r}, not token ids; fetch the checkpoint again")
+        raise fault(path, f"eos_token_id is {ends!r}, not token ids")
     return set(ends)
 
 
@@ -213,19 +196,19 @@ def read_tokenizer(folder: Path, vocab_size: int, special: Iterable[str]) -> Tok
     one of the `special` tokens, or has more tokens than the model."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; the checkpoint is not complete, fetch it again or copy it there")
+        raise fault(path, "no such file", "the checkpoint is not complete, fetch it again or copy it there")
     try:
         check_file(path, 2**28)
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers package raises nothing narrower
-        raise ValueError(f"{path}: not a tokenizer ({error}); fetch it again") from None
+        raise fault(path, f"not a tokenizer ({error})", "fetch it again") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     faults = [f"it has no {text}" for text in special if tokenizer.token_to_id(text) is None]
     if tokenizer.get_vocab_size() > vocab_size:
         faults.append(f"it has {tokenizer.get_vocab_size()} tokens, the model {vocab_size}")
     if faults:
-        raise ValueError(f"{path}: not this model's tokenizer ({faults[0]}); put the checkpoint's own there")
+        raise fault(path, f"not this model's tokenizer ({faults[0]})", "put the checkpoint's own there")
     return tokenizer
 
 
@@ -244,6 +227,17 @@ def placement(device, dtype) -> tuple[torch.device, torch.dtype | None]:
         raise ValueError(f"device {str(device)!r} cannot be used ({str(error).splitlines()[0]}); try cpu") from None
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes that can still be had on a device; infinite where that is not known."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, to be used again
+        return torch.cuda.mem_get_info(device)[0] + held
+    try:
+        return 1024 * int(re.search(r"MemAvailable: *(\d+)", Path("/proc/meminfo").read_text())[1])
+    except (OSError, TypeError):
+        return math.inf
+
+
 def read_tensors(folder: Path, shapes: dict[str, tuple], tied: bool, dtype=None, device="cpu") -> dict[str, Tensor]:
     """Every tensor of the checkpoint by its published name, all checked against `shapes` before one is read.
 
@@ -251,21 +245,21 @@ def read_tensors(folder: Path, shapes: dict[str, tuple], tied: bool, dtype=None,
     of its embedding) and the device is the CPU. Else they are converted one by one, each from a mapping of its own that
     is given back at once, so that two copies of the weights are never held. Raises ValueError.
     """
-    place = _places(folder)
-    _check(folder, place, shapes, tied)
-    dtype = dtype or place[EMBEDDING].dtype
+    stored = _stored(folder)
+    _check(folder, stored, shapes, tied)
+    dtype = dtype or stored[EMBEDDING].dtype
     tensors = {}
-    for name, entry in place.items():
+    for name, entry in stored.items():
         as_it_lies = entry.dtype == dtype and torch.device(device).type == "cpu"
         file = entry.file if as_it_lies else _open(entry.path)
         tensors[name] = file.get_tensor(entry.name).to(device=device, dtype=dtype)
     if tied and HEAD in tensors and not torch.equal(tensors.pop(HEAD), tensors[EMBEDDING]):
-        raise ValueError(f"{place[HEAD].path}: {HEAD} differs from {EMBEDDING}, config.json ties them; correct one")
+        raise fault(stored[HEAD].path, f"{HEAD} differs from {EMBEDDING}, config.json ties them", "correct one")
     return tensors
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies: its name as the file spells it, the file, opened, and what its header says of the tensor."""
+    """A tensor in a file: its name as spelt there, and what the file's header says of it."""
 
     name: str
     path: Path
@@ -274,23 +268,21 @@ class Entry(NamedTuple):
     dtype: torch.dtype
 
 
-def _places(folder: Path) -> dict[str, Entry]:
+def _stored(folder: Path) -> dict[str, Entry]:
     """Published name -> entry, for every tensor of every shard."""
-    places: dict[str, Entry] = {}
+    stored: dict[str, Entry] = {}
     for path in _shards(folder):
         file = _open(path)
         for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
             header = file.get_slice(name)
-            kind = header.get_dtype()
-            if kind not in STORED:
-                raise ValueError(f"{path}: {name} is of type {kind}; give a checkpoint in one of {', '.join(STORED)}")
-            published = name
-            for newer, older in RENAMED.items():
-                published = older + name[len(newer) :] if name.startswith(newer) else published
-            if published in places:
-                raise ValueError(f"{path}: {name} is stored already in {places[published].path.name}; remove one")
-            places[published] = Entry(name, path, file, tuple(header.get_shape()), STORED[kind])
-    return places
+            if (kind := header.get_dtype()) not in STORED:
+                raise fault(path, f"{name} is of type {kind}", f"give a checkpoint in one of {', '.join(STORED)}")
+            newer = next(filter(name.startswith, RENAMED), "")
+            published = RENAMED.get(newer, "") + name.removeprefix(newer)
+            if published in stored:
+                raise fault(path, f"{name} is stored already in {stored[published].path.name}", "remove one")
+            stored[published] = Entry(name, path, file, tuple(header.get_shape()), STORED[kind])
+    return stored
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -298,12 +290,11 @@ def _shards(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise ValueError(f"{folder}: neither model.safetensors nor an index of shards; fetch the checkpoint again")
+        raise fault(folder, "neither model.safetensors nor an index of shards")
     files = _object(index, read_json(index), "weight_map").values()
     outside = [file for file in files if not re.fullmatch(r"[^/\\\0]+\.safetensors", str(file))]
     if outside or not files:
-        fault = repr(outside[0]) if outside else "an empty weight_map"
-        raise ValueError(f"{index}: {fault} is not a shard beside it; fetch the checkpoint again")
+        raise fault(index, f"{repr(outside[0]) if outside else 'an empty weight_map'} is not a shard beside it")
     return [folder / file for file in sorted(set(files))]
 
 
@@ -312,22 +303,22 @@ def _open(path: Path):
         check_file(path, 2**40)
         return safe_open(path, framework="pt")
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; the checkpoint is not complete, fetch it again") from None
+        raise fault(path, "no such file", "the checkpoint is not complete, fetch it again") from None
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
-        raise ValueError(f"{path}: not a safetensors file ({error}); fetch it again") from None
+        raise fault(path, f"not a safetensors file ({error})", "fetch it again") from None
 
 
-def _check(folder: Path, places: dict[str, Entry], shapes: dict[str, tuple], tied: bool) -> None:
+def _check(folder: Path, stored: dict[str, Entry], shapes: dict[str, tuple], tied: bool) -> None:
     """Raises ValueError at the first tensor that is missing, unexpected or misshapen, and says how many are."""
-    if tied and HEAD in places:  # stored although it need not be: accepted if it is the embedding
+    if tied and HEAD in stored:  # although it need not be: accepted if it is the embedding
         shapes = {**shapes, HEAD: shapes[EMBEDDING]}
-    faults = [f"{name} {shape} is missing" for name, shape in shapes.items() if name not in places]
-    faults += [f"{e.path.name}: {e.name} {e.shape} is unexpected" for name, e in places.items() if name not in shapes]
-    faults += [
-        f"{e.path.name}: {e.name} has shape {e.shape}, config.json makes it {shapes[name]}"
-        for name, e in places.items()
-        if name in shapes and e.shape != shapes[name]
-    ]
+    faults = [f"{name} {shape} is missing" for name, shape in shapes.items() if name not in stored]
+    for name, entry in stored.items():
+        if name not in shapes:
+            faults.append(f"{entry.path.name}: {entry.name} {entry.shape} is unexpected")
+        elif entry.shape != shapes[name]:
+            wanted = f"config.json makes it {shapes[name]}"
+            faults.append(f"{entry.path.name}: {entry.name} has shape {entry.shape}, {wanted}")
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise ValueError(f"{folder}: {faults[0]}{more}; config.json and the weights must be of one model")
+        raise fault(folder, faults[0] + more, "config.json and the weights must be of one model")
