@@ -21,7 +21,7 @@ What differs from plain Qwen2-VL: the mask. Without events, or at sparsity 0, th
 """
 
 import argparse
-import math
+import bisect
 import os
 import re
 import signal
@@ -38,7 +38,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -49,20 +49,23 @@ from events import (
     Parser,
     budget,
     budget_mask,
+    check_output,
     event_map,
     exit_status,
-    literal_mask,
+    literal_mask,  # fmt: skip
     motion,
     read_events,
     read_image,
     resize,
+    write_whole,
 )
-from llm import Decoder, DecoderConfig, generate, mrope_positions, sampler
+from llm import Decoder, DecoderConfig, KVCache, generate, mrope_positions, sampler
 from vit import ImageConfig, VisionConfig, VisionTransformer, packed_patches, smart_resize
 
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 CHOICES = {"cell": ("group", "patch"), "ties": ("exact", "literal"), "polarity": ("count", "signed")}
 PROMPT_OPTIONS = ("cell", "ties", "polarity", "sensor", "window", "min_pixels", "max_pixels")
+ON, OFF, DROPPED = "#e66101", "#2166ac", "#181c40"  # colours of a picture, told apart by the colour-blind too
 DENSE_BYTES = 24  # that a pixel of the dense image takes while patches are chosen
 SPECIAL = {name: f"<|{name}|>" for name in ("im_start", "im_end", "vision_start", "vision_end", "image_pad")}
 
@@ -79,11 +82,18 @@ class Prompt:
     image_start: int  # index of the first image token
     source: str  # where the mask comes from, such as "37142 events in 20.0 ms"
 
+    @property
+    def tokens(self) -> int:
+        """Of the image, those kept."""
+        return int(self.keep.sum())
+
+    @property
+    def image_end(self) -> int:
+        return self.image_start + self.tokens
+
     def __str__(self) -> str:
-        return (
-            f"kept {len(self.patches)} of {self.keep_patches.numel()} patches "
-            f"({int(self.keep.sum())} of {self.keep.numel()} tokens), {self.source}"
-        )
+        patches = f"{len(self.patches)} of {self.keep_patches.numel()} patches"
+        return f"kept {patches} ({self.tokens} of {self.keep.numel()} tokens), {self.source}"
 
 
 class EPVLM:
@@ -93,6 +103,8 @@ class EPVLM:
         self.vit, self.llm, self.tokenizer, self.image_config = vit, llm, tokenizer, image_config
         self.special = {name: tokenizer.token_to_id(text) for name, text in SPECIAL.items()}
         self.stop = {self.special["im_end"], *stop}  # token ids that end an answer
+        self._weight = vit.patch_embed.proj.weight  # its dtype and device are the model's
+        self._side = vit.config.patch_size * vit.config.spatial_merge_size  # of a group, pixels
 
     @classmethod
     def from_pretrained(cls, model: str | Path, revision: str | None = None, device=None, dtype=None) -> "EPVLM":
@@ -112,17 +124,18 @@ class EPVLM:
         return cls(vit, llm, tokenizer, image_config, stop)
 
     def prompt(
-        self, image: str | Path | Image.Image, events: str | Path | np.ndarray | Events | None, question: str,
-        sparsity: float = 0.5, *, cell: str = "group", ties: str = "exact", polarity: str = "count",
-        sensor: tuple[int, int] | None = None, window: tuple[float, float] | None = None, order: str | None = None,
-        time_unit: str | None = None, min_pixels: int | None = None, max_pixels: int | None = None,
+        self, image: str | Path | Image.Image, events: str | Path | np.ndarray | Events | None,
+        question: str | tuple[list[int], list[int]], sparsity: float = 0.5, *, cell: str = "group",
+        ties: str = "exact", polarity: str = "count", sensor: tuple[int, int] | None = None,
+        window: tuple[float, float] | None = None, order: str | None = None, time_unit: str | None = None,
+        min_pixels: int | None = None, max_pixels: int | None = None,
     ) -> Prompt:  # fmt: skip
         """Everything up to the model: the mask, the packed patches, the token ids and their dense positions.
 
         events: a path or an array (formats: `events.read_events`), None for the dense image. sparsity: fraction of
         cells dropped, in [0, 1). sensor: (width, height) in pixels, the image's size unless given. window: first and
-        last time in microseconds. cell, ties, polarity: see CHOICES. Pixel limits: the checkpoint's unless given.
-        Raises ValueError that names the value and the remedy.
+        last time in microseconds. cell, ties, polarity: see CHOICES. Pixel limits: the checkpoint's unless given. The
+        question may also be what `text_ids` made of it. Raises ValueError that names the value and the remedy.
         """
         check_choices(sparsity, cell=cell, ties=ties, polarity=polarity)
         image, config = read_image(image), self.vit.config
@@ -130,7 +143,7 @@ class EPVLM:
         limits = replace(self.image_config, **{name: value for name, value in limits.items() if value is not None})
         patch, merge = config.patch_size, config.spatial_merge_size
         height, width = smart_resize(image.height, image.width, patch * merge, limits.min_pixels, limits.max_pixels)
-        before, after = self.text_ids(question)
+        before, after = self.text_ids(question) if isinstance(question, str) else question
         groups = height * width // (patch * merge) ** 2
         kept = groups if events is None else budget(groups, 1 - sparsity)  # at least
         self._check_room(kept, groups, len(before) + len(after), answer=1)
@@ -146,31 +159,44 @@ class EPVLM:
         patches = packed_patches(image, keep_patches, config, self.image_config)  # Eq. 7
         return Prompt(input_ids, positions, patches, keep, keep_patches, len(before), source)
 
-    def _check_room(self, kept: int, groups: int, others: int, answer: int) -> None:
-        """Raises ValueError, with what brings it under, if `kept` of an image's `groups`, the `others`, tokens of text,
-        and those of the answer exceed the model's context or the free memory."""
-        vision, text, weight = self.vit.config, self.llm.config, self.vit.patch_embed.proj.weight
-        limit, free = text.max_position_embeddings, weights.free_memory(weight.device)
-        kv = weight.element_size() * 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim  # bytes
-        token = kv + weight.element_size() * (4 * text.hidden_size + 3 * text.intermediate_size)
-        patch = weight[0].numel() * 4 + weight.element_size() * 12 * vision.embed_dim
-        pixels = (vision.patch_size * vision.spatial_merge_size) ** 2  # of a group
-        group = token + vision.spatial_merge_size**2 * patch
-        dense = DENSE_BYTES * pixels * groups
-        room = int(min(limit - others - answer, (free - dense - others * token - answer * kv) / group))
-        if kept <= room:
+    def with_question(self, prompt: Prompt, question: str) -> Prompt:
+        """The same image with another question."""
+        before, after = self.text_ids(question)
+        input_ids = torch.cat((prompt.input_ids[: prompt.image_end], torch.tensor(after)))
+        return replace(prompt, input_ids=input_ids, position_ids=mrope_positions(len(before), prompt.keep, len(after)))
+
+    def _check_room(self, kept: int, groups: int, text: int, answer: int) -> None:
+        """Raises ValueError, with what brings it under, if `kept` of an image's `groups` and the tokens of the text and
+        of the answer exceed the model's context or the free memory."""
+        limit, free = self.llm.config.max_position_embeddings, weights.free_memory(self._weight.device)
+
+        def fits(kept: int, groups: int, answer: int) -> bool:
+            return kept + text + answer <= limit and self._memory(kept, groups, text, answer) <= free
+
+        if fits(kept, groups, answer):
             return
-        within = f"the model's {limit}" if room == limit - others - answer else f"{free / 2**30:.1f} GiB of free memory"
-        needs = f"{kept + others + answer} tokens ({kept} of the image, {others} of text, {answer} of the answer)"
+        within = [f"the model's {limit}"] if kept + text + answer > limit else []
+        if self._memory(kept, groups, text, answer) > free:
+            within.append(f"{free / 2**30:.2g} GiB of free memory")
+        needs = f"{kept + text + answer} tokens ({kept} of the image, {text} of text, {answer} of the answer)"
         remedy = "lower --max-new-tokens, or shorten the question"
-        if others + answer <= kept:
-            spare = max(0, 128 - answer)  # for the usual answer
-            slim = int((free - others * token - answer * kv) / (group + DENSE_BYTES * pixels))
-            slim = min(limit - others - answer, slim) - spare  # groups of a smaller image
-            higher = math.ceil(100 * (1 - max(1, room - spare) / groups)) / 100
-            remedy = f"give --max-pixels {max(1, slim) * pixels} or less"
-            remedy += f", or with events in 28-pixel cells --sparsity {higher:.2f} or more" if 0 < higher < 1 else ""
-        raise ValueError(f"{needs} exceed {within}; {remedy}")
+        if text + answer <= kept:
+            usual = max(128, answer)
+            smaller = bisect.bisect(range(1, groups), False, key=lambda n: not fits(n, n, usual))
+            some = [fits(budget(groups, 1 - hundredth / 100), groups, usual) for hundredth in range(100)]
+            higher = bisect.bisect(some, False)  # hundredths to drop
+            remedy = f"give --max-pixels {max(1, smaller) * self._side**2} or less"
+            remedy += f", or with events in 28-pixel cells --sparsity 0.{higher:02} or more" if 0 < higher < 100 else ""
+        raise ValueError(f"{needs} exceed {' and '.join(within)}; {remedy}")
+
+    def _memory(self, kept: int, groups: int, text: int, answer: int) -> int:
+        """Bytes, estimated from below, that a prompt and its answer take beside the weights."""
+        vision, config, size = self.vit.config, self.llm.config, self._weight.element_size()
+        kv = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim  # numbers held of a token,
+        layer = 4 * config.hidden_size + 3 * config.intermediate_size  # and while a layer reads it
+        patch = 4 * self._weight[0].numel() + size * 12 * vision.embed_dim
+        tokens = size * (kv * (kept + text + answer) + layer * (kept + text))
+        return tokens + kept * vision.spatial_merge_size**2 * patch + DENSE_BYTES * self._side**2 * groups
 
     def text_ids(self, question: str) -> tuple[list[int], list[int]]:
         """Token ids before and after the image. Special tokens are put in by id; a question that spells one is text."""
@@ -190,17 +216,14 @@ class EPVLM:
 
     def _embed(self, prompt: Prompt) -> Tensor:
         """concat(H_v, H_q) of Eq. 4, H_v standing where the image does: (1, L, hidden_size)."""
-        weight = self.vit.patch_embed.proj.weight  # its dtype and device are the model's
-        H_v = self.vit(prompt.patches.to(weight)[None], prompt.keep_patches)  # Eq. 8, 9, 10
-        H_q = self.llm.embed(prompt.input_ids.to(weight.device)[None])
-        start, end = prompt.image_start, prompt.image_start + H_v.shape[1]
-        return torch.cat((H_q[:, :start], H_v, H_q[:, end:]), dim=1)  # Eq. 4
+        H_v = self.vit(prompt.patches.to(self._weight)[None], prompt.keep_patches)  # Eq. 8, 9, 10
+        H_q = self.llm.embed(prompt.input_ids.to(self._weight.device)[None])
+        return torch.cat((H_q[:, : prompt.image_start], H_v, H_q[:, prompt.image_end :]), dim=1)  # Eq. 4
 
     def flops(self, prompt: Prompt) -> tuple[int, int]:
         """FLOPs up to the answer's first token, attention included: of this prompt, and with nothing dropped."""
-        kept = len(prompt.patches), int(prompt.keep.sum())
-        text = len(prompt.input_ids) - kept[1]
-        sizes = kept, (prompt.keep_patches.numel(), prompt.keep.numel())
+        text = len(prompt.input_ids) - prompt.tokens
+        sizes = (len(prompt.patches), prompt.tokens), (prompt.keep_patches.numel(), prompt.keep.numel())
         return tuple(sum(self.vit.flops(*size) + self.llm.flops(text + size[1])) for size in sizes)
 
     @torch.inference_mode()
@@ -208,20 +231,31 @@ class EPVLM:
         """Scores of the token after each of the prompt's, (L, vocab_size) float32."""
         return self.llm.logits(self.llm(self._embed(prompt), prompt.position_ids))[0]
 
+    @torch.inference_mode()
+    def see(self, prompt: Prompt) -> KVCache:
+        """Keys and values of all that stands before the question: of any question, as `tokens` takes them."""
+        cache = KVCache(self.llm.config, prompt.image_end, like=self._weight)
+        hidden, positions = self._embed(prompt)[:, : prompt.image_end], prompt.position_ids[:, : prompt.image_end]
+        self.llm(hidden, positions, cache, wanted=1)
+        return cache
+
     def tokens(
-        self, prompt: Prompt, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
-    ) -> Iterator[int]:
-        """The answer's token ids as they are decided, the end token included. Greedy at temperature 0. Raises
-        ValueError, before any work, for settings out of range and for what exceeds the model's context."""
+        self, prompt: Prompt, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+        seen: KVCache | None = None,
+    ) -> Iterator[int]:  # fmt: skip
+        """The answer's token ids as they are decided, the end token included. Greedy at temperature 0. seen: what `see`
+        made of a prompt with the same image. Raises ValueError, before any work, for settings out of range and for what
+        exceeds the model's context."""
         if max_new_tokens < 1:
             raise ValueError(f"max-new-tokens {max_new_tokens}: give 1 or more")
-        kept = int(prompt.keep.sum())
-        self._check_room(kept, prompt.keep.numel(), len(prompt.input_ids) - kept, max_new_tokens)
-        return self._decode(prompt, max_new_tokens, sampler(temperature, top_p, seed))
+        self._check_room(prompt.tokens, prompt.keep.numel(), len(prompt.input_ids) - prompt.tokens, max_new_tokens)
+        return self._decode(prompt, max_new_tokens, sampler(temperature, top_p, seed), seen)
 
     @torch.inference_mode()
-    def _decode(self, prompt: Prompt, limit: int, choose) -> Iterator[int]:
-        yield from generate(self.llm, self._embed(prompt), prompt.position_ids, limit, self.stop, choose)
+    def _decode(self, prompt: Prompt, limit: int, choose, seen: KVCache | None) -> Iterator[int]:
+        start = seen.filled if seen else 0
+        hidden = self.llm.embed(prompt.input_ids[start:].to(self._weight.device)[None]) if seen else self._embed(prompt)
+        yield from generate(self.llm, hidden, prompt.position_ids[:, start:], limit, self.stop, choose, seen)
 
     def stream(self, prompt: Prompt, max_new_tokens: int = 128, **sampling) -> Iterator[str]:
         """The same as text, in pieces that are whole UTF-8; joined they are the answer."""
@@ -239,6 +273,33 @@ class EPVLM:
                     yield text
         if rest := self.tokenizer.decode(held, skip_special_tokens=True):
             yield rest
+
+    def picture(self, prompt: Prompt, image, events, sensor=None, window=None) -> Image.Image:
+        """The paper's Fig. 1 of one's own input: the image as the model gets it; the events over it, on in orange and
+        off in blue; the image with what is dropped dimmed. Below, the counts. Arguments are those of `prompt`."""
+        size, (height, width) = image.size, (self.vit.config.patch_size * n for n in prompt.keep_patches.shape)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        shown = image.convert("L").convert("RGB")
+        if events is not None:
+            with warnings.catch_warnings(action="ignore"):  # `prompt` has told them
+                count, signed = (event_map(events, sensor, size, window, rule)[0] for rule in CHOICES["polarity"])
+            count, signed = np.abs(resize(count, height, width)), resize(signed, height, width)
+            strong = np.quantile(count[count > 0], 0.9) if count.any() else 1.0
+            for part, colour in ((count + signed, ON), (count - signed, OFF)):  # twice the events of a polarity
+                opacity = np.sqrt((part / (2 * strong)).clip(0, 1))
+                shown.paste(colour, mask=Image.fromarray((255 * opacity).astype(np.uint8)))
+        keep = Image.fromarray(255 * prompt.keep_patches.numpy().astype(np.uint8)).resize(image.size, 0)
+        dimmed = Image.composite(image, Image.blend(image, Image.new("RGB", image.size, DROPPED), 0.75), keep)
+        gap, font = max(8, width // 32), ImageFont.load_default(max(14, width // 20))
+        told = f"{prompt}\nthe image; its events, on orange, off blue; what is kept"
+        *_, across, down = ImageDraw.Draw(image).multiline_textbbox((0, 0), told, font)
+        sides = 2 * gap + max(3 * width + 2 * gap, int(across)), 3 * gap + height + int(down)
+        whole = Image.new("RGB", sides, "white")
+        for panel, left in zip((image, shown, dimmed), (-width - gap, 0, width + gap), strict=True):
+            whole.paste(panel, ((whole.width - width) // 2 + left, gap))
+        place = whole.width / 2, height + 2 * gap
+        ImageDraw.Draw(whole).multiline_text(place, told, "black", font, anchor="ma", align="center")
+        return whole
 
     def answer(self, image, events, question: str, max_new_tokens: int = 128, temperature: float = 0.0,
                top_p: float = 1.0, seed: int = 0, **options) -> str:  # fmt: skip
@@ -308,45 +369,116 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("image", help="image file")
     add("events", help="recording or event map, .npy or .npz; the word none for the dense image")
-    add("question", help="what to ask")
+    add("question", nargs="?", help="what to ask; left out, questions are read one a line from standard input")
     add("--sparsity", type=float, default=0.5, help="fraction of cells dropped, in [0, 1) (default: %(default)s)")
     add_options(parser)
     add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     add("--top-p", type=float, default=1.0, help="probability to draw from (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
+    add("--compare", action="store_true", help="answer from the dense image first, and tell what dropping saves")
+    add("--picture", type=Path, metavar="OUT.png", help="draw the image, its events, and what is kept")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
     """The command line's work. The small inputs are read first: a mistake there should not wait for a download."""
     options = {name: getattr(args, name) for name in PROMPT_OPTIONS}
-    sampling = {name: getattr(args, name) for name in ("temperature", "top_p", "seed")}
-    with warnings.catch_warnings(record=True) as caught:  # told below: where an error follows, it alone is told
+    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    with warnings.catch_warnings(record=True) as caught:  # told with the answer: where an error follows, it alone is
         warnings.simplefilter("always", UserWarning)
         check_choices(args.sparsity)
-        sampler(**sampling)
+        sampler(args.temperature, args.top_p)
+        if args.picture:
+            check_output(args.picture, ".png", (args.image, args.events))
+        if args.compare and (args.question is None or args.events == "none"):
+            raise ValueError("--compare needs events and a question; give both")
+        if args.question is None and not (sys.stdin and (sys.stdin.isatty() or sys.stdin.buffer.peek())):
+            raise ValueError("no question; give one after the events, or one a line on standard input")
         image = read_image(args.image)
         events = None if args.events == "none" else read_events(args.events, args.order, args.time_unit)
         model = EPVLM.from_pretrained(args.model, args.revision, args.device, args.dtype)
+        text = model.text_ids(args.question or "")
+        if args.compare:
+            list(model.tokens(model.prompt(image.resize((28, 28)), None, text, min_pixels=1), 1))  # reads the weights
+            start = time.perf_counter()
+            dense = answer(model, model.prompt(image, None, text, **options), sampling, start)
         start = time.perf_counter()
-        prompt = model.prompt(image, events, args.question, args.sparsity, **options)
-        tokens = model.tokens(prompt, args.max_new_tokens, **sampling)
+        prompt = model.prompt(image, events, text, args.sparsity, **options)
+        if args.picture:
+            begun = time.perf_counter()
+            drawn = model.picture(prompt, image, events, args.sensor, args.window)
+            write_whole(args.picture, lambda file: drawn.save(file, "PNG"))
+            start += time.perf_counter() - begun
+        model.tokens(prompt, **sampling)
     for warning in caught:
         print(f"epvlm: warning: {warning.message}", file=sys.stderr)
+    if args.question is None:
+        return converse(model, prompt, sampling, start)
+    packed = answer(model, prompt, sampling, start)
+    if args.compare:
+        print(comparison(dense, packed), file=sys.stderr)
+
+
+def answer(model: EPVLM, prompt: Prompt, sampling: dict, start: float) -> tuple:
+    """Answers on stdout; a line on stderr before it says what was kept and what it has cost since `start`. Returns
+    patches, tokens, FLOPs, and seconds to the first token and to the last."""
+    tokens = model.tokens(prompt, **sampling)
     if sys.stderr.isatty():
         show_progress(model)
     first = next(tokens)
-    took = f"first token after {time.perf_counter() - start:.2f} s"
-    print(f"{prompt}, {flops_text(*model.flops(prompt))}, {took}", file=sys.stderr, flush=True)
-    for piece in model.pieces(chain([first], tokens)):
+    waited, (packed, dense) = time.perf_counter() - start, model.flops(prompt)
+    size, unit = scale(dense)
+    flops = f"{packed / size:.2f} of {dense / size:.2f} {unit}FLOPs"
+    print(f"{prompt}, {flops}, first token after {waited:.2f} s", file=sys.stderr, flush=True)
+    show(model.pieces(chain([first], tokens)))
+    return len(prompt.patches), prompt.tokens, packed, waited, time.perf_counter() - start
+
+
+def show(pieces: Iterator[str]) -> None:
+    for piece in pieces:
         print(piece, end="", flush=True)
-    print()
+    print(flush=True)
 
 
-def flops_text(packed: int, dense: int) -> str:
-    """Such as "9.17 of 22.54 TFLOPs"."""
-    size, unit = (1e12, "T") if dense >= 1e12 else (1e9, "G") if dense >= 1e9 else (1e6, "M")
-    return f"{packed / size:.2f} of {dense / size:.2f} {unit}FLOPs"
+def scale(flops: int) -> tuple[float, str]:
+    return next((size, unit) for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if flops >= size or unit == "M")
+
+
+def comparison(dense: tuple, packed: tuple) -> str:
+    """What `answer` returned of both, and the ratios, as a table."""
+    size, unit = scale(dense[2])
+    lines = [f"{'':6}  patches   tokens  {unit}FLOPs  first token, s  answer, s"]
+    for name, (patches, tokens, flops, first, whole) in (("dense", dense), ("packed", packed)):
+        lines.append(f"{name:6}{patches:9}{tokens:9}{flops / size:8.2f}{first:16.2f}{whole:11.2f}")
+    ratios = (p / d for p, d in zip(packed, dense, strict=True))
+    return "\n".join([*lines, "{:6}{:9.2f}{:9.2f}{:8.2f}{:16.2f}{:11.2f}".format("ratio", *ratios)])
+
+
+def questions() -> Iterator[str]:
+    """The lines of standard input that are not empty, asked for on a terminal."""
+    while True:
+        if sys.stdin.isatty():
+            print("question: ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.buffer.readline(2**20).decode(errors="surrogateescape")
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
+
+
+def converse(model: EPVLM, prompt: Prompt, sampling: dict, start: float) -> None:
+    """Answers questions about one image, each for itself. What stands before them is computed once."""
+    if sys.stderr.isatty():
+        show_progress(model)
+    seen = model.see(prompt)
+    print(f"{prompt}, read in {time.perf_counter() - start:.2f} s", file=sys.stderr, flush=True)
+    for question in questions():
+        try:
+            show(model.pieces(model.tokens(model.with_question(prompt, question), **sampling, seen=seen)))
+        except ValueError as error:
+            if not sys.stdin.isatty():
+                raise
+            print(f"epvlm: error: {error}", file=sys.stderr)
 
 
 def show_progress(model: EPVLM) -> None:

@@ -197,25 +197,25 @@ def _fields(name: str, data) -> list[str]:
 def _order(name: str, rows: np.ndarray) -> str:
     """What the columns of an N x 4 array are, such as "txyp".
 
-    Polarity is the column that holds only -1, 0 and 1. Time is, of those that never decrease, the one of largest range.
-    Of the other two x comes first, as in every layout in use. A doubt is an error, not a guess: another such column
-    that is constant, has over a tenth of that range, or alone has fractions; or whole numbers that a coordinate could
-    be sorted into, few or mostly repeated, where an unsorted column has the larger range.
+    Polarity is the column that holds only -1, 0 and 1. Time is the one with fractions or, of those that never decrease,
+    the one of largest range. Of the other two x comes first, as in every layout in use. A doubt is an error, not a
+    guess: whole times beside another column that never decreases and is constant or has over a tenth of their range, or
+    that a coordinate could be sorted into, few or mostly repeated, where an unsorted column has the larger range.
     """
     if not len(rows):
         return "xytp"
     columns = dict(enumerate(rows.T))
     polar = [c for c, v in columns.items() if -1 <= v.min() <= v.max() <= 1 and not _fractions(v)]
     ranges = {c: float(v.max()) - float(v.min()) for c, v in columns.items() if c not in polar}
-    rising = [c for c in ranges if (columns[c][1:] >= columns[c][:-1]).all()]
+    exact = [c for c in ranges if _fractions(columns[c])]
+    rising = [c for c in exact or ranges if (columns[c][1:] >= columns[c][:-1]).all()]
     time = max(rising, key=ranges.get, default=None)
     certain = len(polar) == 1 and bool(ranges.get(time))
-    if certain:
-        values, exact = columns[time], _fractions(columns[time])
-        rivals = [c for c in rising if c != time]
-        certain = all(0 < 10 * ranges[c] <= ranges[time] and _fractions(columns[c]) <= exact for c in rivals)
-        moving = len(values) >= 8 and 2 * np.count_nonzero(values[1:] != values[:-1]) >= len(values)
-        certain = certain and (exact or moving or ranges[time] == max(ranges.values()))
+    if certain and not exact:
+        values, rivals = columns[time], [ranges[c] for c in rising if c != time]
+        moving = len(rows) >= 8 and 2 * np.count_nonzero(values[1:] != values[:-1]) >= len(rows)
+        certain = all(0 < 10 * rival <= ranges[time] for rival in rivals)
+        certain = certain and (moving or ranges[time] == max(ranges.values()))
     if not certain:
         raise fault(name, "which of its columns are x, y, t, p is uncertain", "say it, as in --order txyp")
     x, y = (c for c in columns if c not in (time, polar[0]))
@@ -486,11 +486,16 @@ def movie(paths: list[str], fps: float = 30.0) -> Iterator[tuple[float, np.ndarr
             print(f"\rframe {number + 1}\033[K", end="\r", file=sys.stderr, flush=True)
 
 
-def check_output(path: Path) -> Path:
-    """Where a file named so is written, links followed. Raises ValueError, before any work, where it cannot be."""
+def check_output(path: Path, suffix: str = "", inputs: Iterable[str] = ()) -> Path:
+    """Where a file named so is written, links followed. Raises ValueError, before any work, where it cannot be, where
+    one of the inputs is, and for a name that does not end in `suffix`."""
     place = path.resolve()
     if not place.parent.is_dir() or (place.exists() and not place.is_file()):
         raise fault(path, "cannot be written there", "give a file's name in a folder that exists")
+    if place in [Path(name).resolve() for name in inputs]:
+        raise fault(path, "is one of the inputs", "give another name")
+    if not path.name.endswith(suffix):
+        raise fault(path, f"it is written as {suffix}", "name it so")
     return place
 
 
@@ -547,10 +552,7 @@ def exit_status(program: str, work: Callable[[], None]) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """The command line's work: images in, a recording out."""
-    if check_output(args.output) in [Path(path).resolve() for path in args.images]:
-        raise fault(args.output, "is one of the images", "give another name with --output")
-    if args.output.suffix != ".npy":
-        raise fault(args.output, "a recording is an .npy file", "name it so")
+    check_output(args.output, ".npy", args.images)
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: give 0 or more")
     single = len(args.images) == 1

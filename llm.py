@@ -85,12 +85,18 @@ def mrope_angles(positions: Tensor, config: DecoderConfig) -> Tensor:
 
 
 class KVCache:
-    """Room for the keys and values of `length` tokens, allocated once: (layers, B, kv_heads, length, head_dim)."""
+    """Room for the keys and values of `length` tokens, allocated once: (layers, 1, kv_heads, length, head_dim).
 
-    def __init__(self, config: DecoderConfig, length: int, like: Tensor):
-        shape = config.num_hidden_layers, len(like), config.num_key_value_heads, length, config.head_dim
+    It may begin with those that another cache, `seen`, holds; they are copied.
+    """
+
+    def __init__(self, config: DecoderConfig, length: int, like: Tensor, seen: "KVCache | None" = None):
+        shape = config.num_hidden_layers, 1, config.num_key_value_heads, length, config.head_dim
         self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
-        self.filled = 0
+        self.filled = seen.filled if seen else 0
+        if seen:
+            self.keys[..., : seen.filled, :] = seen.keys[..., : seen.filled, :]
+            self.values[..., : seen.filled, :] = seen.values[..., : seen.filled, :]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k, v (B, kv_heads, new, head_dim) after the tokens held, and returns all of the layer's."""
@@ -247,13 +253,16 @@ def sampler(temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Call
     return choose
 
 
-def generate(decoder: Decoder, hidden: Tensor, positions: Tensor, limit: int, stop: set[int], choose) -> Iterator[int]:
+def generate(
+    decoder: Decoder, hidden: Tensor, positions: Tensor, limit: int, stop: set[int], choose, seen: KVCache | None = None
+) -> Iterator[int]:
     """Yields up to `limit` token ids as they are decided, the one in `stop` that ends the answer included.
 
-    hidden (1, L, hidden_size), positions (3, L): the embedded prompt. Token n of the answer stands at the prompt's
-    largest DENSE position + 1 + n on all three axes: not at L + n, since L counts the kept tokens only.
+    hidden (1, L, hidden_size), positions (3, L): the embedded prompt, or what of it follows `seen`. Token n
+    of the answer stands at the prompt's largest DENSE position + 1 + n on all three axes: not at L + n, since L counts
+    the kept tokens only.
     """
-    cache = KVCache(decoder.config, hidden.shape[1] + limit, like=hidden)
+    cache = KVCache(decoder.config, (seen.filled if seen else 0) + hidden.shape[1] + limit, hidden, seen)
     hidden, position = decoder(hidden, positions, cache, wanted=1), positions[:, -1:]
     for n in range(limit):
         logits = decoder.logits(hidden[0, -1])

@@ -93,7 +93,7 @@ def test_bare_columns_are_found(tmp_path, order, dtype, layout):
         "reversed time": [[1, 1, 90, 0], [2, 5, 20, 1], [1, 3, 10, 1], [4, 0, 5, 0]],
         "all times equal": [[1, 1, 7, 0], [2, 5, 7, 1], [1, 3, 7, 1], [4, 0, 7, 0]],
         "two sorted columns of one range": [[1, 1, 1, 0], [2, 5, 2, 1], [3, 3, 3, 1]],
-        "sorted x wider than seconds": [[1, 1, 0.1, 0], [2, 5, 0.2, 1], [30, 3, 0.25, 1]],
+        "seconds that are not sorted": [[1, 1, 0.2, 0], [2, 5, 0.1, 1], [30, 3, 0.25, 1]],
         "two columns like polarity": [[0, 3, 10, 0], [1, 5, 20, 1], [0, 4, 30, 1]],
         "one event": [[1, 1, 7, 0]],
         "pixels read row by row": [[3, 60, 0, 1], [1, 61, 5, 0], [2, 119, 19, 1]],
@@ -119,6 +119,8 @@ def test_an_order_is_the_four_letters(order):
 def test_time_may_be_seconds_and_x_may_happen_to_be_sorted():
     seconds = np.array([[5, 9, 0.1, 0], [3, 7, 0.15, 1], [8, 1, 0.3, 1]])
     assert columns(read_events(seconds, time_unit="s"))[2] == [0.1, 0.15, 0.3]
+    wider = np.array([[1, 1, 0.1, 0], [2, 5, 0.2, 1], [30, 3, 0.25, 1]])  # only times have fractions
+    assert columns(read_events(wider, time_unit="s"))[2] == [0.1, 0.2, 0.25]
     counter = np.array([[(n * 37) % 200, (n * 11) % 100, n, n % 2] for n in range(50)])  # a time of small range
     assert columns(read_events(counter))[2] == list(range(50))
     assert columns(read_events(np.array([[1, 9, 100, 0], [2, 7, 200, 1], [3, 1, 300, 1]])))[2] == [100, 200, 300]

@@ -77,7 +77,7 @@ def test_what_is_too_long_is_refused_with_what_brings_it_under(monkeypatch, shor
     with pytest.raises(ValueError, match="exceed") as refused:
         model.prompt(image, None, "what?", **given)
     told = str(refused.value)
-    assert ("exceed the model's 1024" in told) == (short == "context")
+    assert ("exceed the model's 1024" in told) and ("0.075 GiB of free memory" in told) == (short == "memory")
     found = re.match(r"(\d+) tokens \((\d+) of the image, (\d+) of text, 1 of the answer\)", told)
     tokens, ofimage, others = map(int, found.groups())
     assert ofimage == 2500 and tokens == ofimage + others + 1

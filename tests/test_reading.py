@@ -1,0 +1,217 @@
+"""What helps to see what happens: `--picture`, `--compare`, and questions one after another about one image."""
+
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import epvlm
+from epvlm import EPVLM, main
+from strategies import SPARSITIES
+
+ROOT = Path(epvlm.__file__).parent
+QUESTIONS = ["What is moving?", "The red circle moves.", "left of the small square?"]
+SETTINGS = ["--model", "model", "--max-new-tokens", "6"]
+
+
+def lines(capsys) -> tuple[list[str], list[str]]:
+    return tuple(text.splitlines() for text in capsys.readouterr())
+
+
+def asking(monkeypatch, text: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(text))))
+
+
+def first_scores(model: EPVLM, prompt, seen) -> torch.Tensor:
+    """Of the first four tokens of an answer."""
+    scores = []
+    list(model._decode(prompt, 4, lambda logits: scores.append(logits) or int(logits.argmax()), seen))
+    return torch.stack(scores)
+
+
+# Questions one after another
+
+
+@given(SPARSITIES, st.lists(st.sampled_from(["", "Hi", *QUESTIONS, "x" * 90]), min_size=1, max_size=3))
+def test_a_question_after_the_image_was_seen_is_as_good_as_one_with_it(checkpoint, sparsity, questions):
+    model, image = checkpoint[2], Image.effect_noise((112, 84), 90)
+    E_v = np.random.default_rng(0).integers(0, 3, (84, 112))
+    first = model.prompt(image, E_v, "another question", sparsity)
+    seen = model.see(first)
+    held = seen.keys.clone()
+    for question in questions:
+        prompt, whole = model.with_question(first, question), model.prompt(image, E_v, question, sparsity)
+        assert torch.equal(prompt.input_ids, whole.input_ids)
+        assert torch.equal(prompt.position_ids, whole.position_ids)
+        alone, after = (first_scores(model, prompt, cache) for cache in (None, seen))
+        assert (alone - after).abs().max() <= 1e-4 * alone.abs().max()
+        assert list(model.tokens(prompt, 4, seen=seen)) == list(model.tokens(whole, 4))
+    assert torch.equal(seen.keys, held) and seen.filled == first.image_end  # no answer writes to it
+
+
+def test_the_image_is_seen_once_and_the_text_after_it_alone_is_read(checkpoint):
+    model = checkpoint[2]
+    prompt = model.prompt(Image.new("RGB", (112, 84), "red"), None, "")
+    calls, read = [], []
+    hooks = [
+        model.vit.register_forward_hook(lambda *_: calls.append(1)),
+        model.llm.model["layers"][0].register_forward_pre_hook(lambda _, given: read.append(given[0].shape[1])),
+    ]
+    seen = model.see(prompt)
+    for question in QUESTIONS:
+        asked = model.with_question(prompt, question)
+        next(model.tokens(asked, 1, seen=seen))
+        assert read[-1] == len(asked.input_ids) - prompt.image_end
+    for hook in hooks:
+        hook.remove()
+    assert len(calls) == 1 and read[0] == prompt.image_end and len(read) == 4
+
+
+def test_lines_of_a_pipe_are_questions(files, capsys, monkeypatch):
+    alone = []
+    for question in QUESTIONS:
+        assert main(["image.png", "events.npy", question, *SETTINGS]) == 0
+        alone += lines(capsys)[0]
+    asking(monkeypatch, "\n\n  ".join(QUESTIONS).encode())
+    assert main(["image.png", "events.npy", *SETTINGS]) == 0
+    out, err = lines(capsys)
+    assert out == alone and len(err) == 1
+    assert re.fullmatch(r"kept 24 of 48 patches \(6 of 12 tokens\), 100 events in 0.1 ms, read in \d+\.\d\d s", err[0])
+
+
+@pytest.mark.parametrize("text, words", [(b"", "no question"), (b"\xff\n", "UTF-8"), (b"x" * 2**21, "exceed")])
+def test_what_is_no_question_is_refused(files, capsys, monkeypatch, text, words):
+    asking(monkeypatch, text)
+    monkeypatch.setattr(EPVLM, "from_pretrained", EPVLM.from_pretrained if text else lambda *_: pytest.fail("fetched"))
+    assert main(["image.png", "events.npy", *SETTINGS]) == 2
+    out, err = lines(capsys)
+    assert not out and err[-1].startswith("epvlm: error: ") and words in err[-1]
+
+
+def test_standard_input_that_is_closed(files, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert main(["image.png", "events.npy", *SETTINGS]) == 2
+    assert "no question" in lines(capsys)[1][0]
+
+
+def test_a_terminal_is_asked_and_goes_on_after_a_mistake(files):
+    """Answers on stdout alone; the end of input (Ctrl-D) ends it with status 0."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(ROOT / "epvlm.py"), "image.png", "events.npy", *SETTINGS]
+    with subprocess.Popen(command, stdin=theirs, stdout=-1, stderr=-1) as running:
+        os.write(ours, b"What is moving?\n" + b"\xff\n" + b"The red circle moves.\n\x04")
+        out, err = running.communicate(timeout=60)
+    assert running.returncode == 0 and len(out.decode().splitlines()) == 2
+    told = err.decode().splitlines()
+    assert told[0].startswith("kept 24 of 48 patches") and err.count(b"question: ") == 4
+    assert any("UTF-8" in line for line in told) and b"Traceback" not in err
+
+
+# The dense and the packed answer
+
+
+def test_both_answers_and_what_they_cost(files, capsys, monkeypatch):
+    expected = []
+    for events in ("none", "events.npy"):
+        assert main(["image.png", events, QUESTIONS[0], *SETTINGS]) == 0
+        expected += lines(capsys)[0]
+    texts, loaded = [], []
+    text_ids, load = EPVLM.text_ids, EPVLM.from_pretrained
+    monkeypatch.setattr(EPVLM, "text_ids", lambda *given: texts.append(given) or text_ids(*given))
+    monkeypatch.setattr(EPVLM, "from_pretrained", lambda *given: loaded.append(given) or load(*given))
+    assert main(["image.png", "events.npy", QUESTIONS[0], *SETTINGS, "--compare"]) == 0
+    out, err = lines(capsys)
+    assert out == expected and len(texts) == len(loaded) == 1
+    assert err[0].startswith("kept 48 of 48 patches (12 of 12 tokens), no events")
+    assert err[1].startswith("kept 24 of 48 patches (6 of 12 tokens), 100 events")
+    names, *rows = (line.split() for line in err[2:])
+    assert names[:3] == ["patches", "tokens", "MFLOPs"]
+    (dense, *d), (packed, *p), (ratio, *r) = ([name, *map(float, row)] for name, *row in rows)
+    assert (dense, packed, ratio) == ("dense", "packed", "ratio")
+    assert d[:2] == [48, 12] and p[:2] == [24, 6] and r[:2] == [0.5, 0.5]
+    model = load("model")
+    flops = model.flops(model.prompt("image.png", "events.npy", QUESTIONS[0]))
+    assert [p[2], d[2]] == [round(n / 1e6, 2) for n in flops] and r[2] == round(flops[0] / flops[1], 2)
+    assert all(first <= whole for _, _, _, first, whole in (d, p))
+
+
+def test_a_comparison_needs_a_question(files, capsys):
+    assert main(["image.png", "events.npy", *SETTINGS, "--compare"]) == 2
+    assert "--compare needs events and a question" in lines(capsys)[1][0]
+
+
+# The picture
+
+
+def panels(whole: Image.Image, width: int, height: int) -> list[np.ndarray]:
+    """The three of them, apart by 8 pixels or a 32nd of their width."""
+    gap, middle = max(8, width // 32), (whole.width - width) // 2
+    lefts = middle - width - gap, middle, middle + width + gap
+    return [np.asarray(whole.crop((left, gap, left + width, gap + height))).astype(int) for left in lefts]
+
+
+@pytest.mark.parametrize("cell", ["group", "patch"])
+def test_the_picture_shows_the_image_the_events_and_what_is_kept(checkpoint, cell):
+    model, image = checkpoint[2], Image.effect_noise((112, 84), 90).convert("RGB")
+    rows = np.array([(5, 5, 0, 1)] * 4 + [(60, 40, 1, 0)] * 4, dtype=[(name, int) for name in "xytp"])
+    prompt = model.prompt(image, rows, "", cell=cell)
+    left, middle, right = panels(model.picture(prompt, image, epvlm.read_events(rows)), 112, 84)
+    assert np.array_equal(left, np.asarray(image))
+    grey = np.asarray(image.convert("L").convert("RGB")).astype(int)
+    changed = (middle != grey).any(axis=2)
+    assert {tuple(place) for place in np.argwhere(changed).tolist()} == {(5, 5), (40, 60)}
+    on, off = middle[5, 5], middle[40, 60]
+    assert on[0] > on[1] > on[2] and off[2] > off[1] > off[0]  # orange and blue
+    kept = np.kron(prompt.keep_patches.numpy(), np.ones((14, 14), dtype=bool))
+    assert np.array_equal(right[kept], left[kept])
+    assert abs(right[~kept] - (0.25 * left[~kept] + 0.75 * np.array([0x18, 0x1C, 0x40]))).max() <= 1
+
+
+@given(SPARSITIES, st.integers(0, 2**32 - 1), st.sampled_from([(56, 56), (28, 280), (280, 28), (300, 200)]))
+def test_any_map_can_be_drawn(checkpoint, sparsity, seed, size):
+    model, image = checkpoint[2], Image.new("RGB", size, "red")
+    E_v = np.random.default_rng(seed).integers(-2, 3, (9, 11)) * (seed % 3)
+    with warnings.catch_warnings(action="ignore"):
+        prompt = model.prompt(image, E_v, "", sparsity, min_pixels=784)
+    whole = model.picture(prompt, image, E_v)
+    assert whole.mode == "RGB" and min(whole.size) > 56
+
+
+def test_the_picture_is_written_whole_and_for_a_dense_image_too(files, capsys):
+    for events, options in (("events.npy", ["--compare"]), ("none", [])):
+        Path("out.png").write_bytes(b"old")
+        assert main(["image.png", events, "?", *SETTINGS, *options, "--picture", "out.png"]) == 0
+        assert Image.open("out.png").format == "PNG" and not list(Path().glob(".out*"))
+
+
+def test_an_error_leaves_the_old_picture(files, capsys, monkeypatch):
+    Path("out.png").write_bytes(b"old")
+
+    def half(_, file, kind):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    assert main(["image.png", "events.npy", "?", *SETTINGS, "--picture", "out.png"]) == 2
+    assert Path("out.png").read_bytes() == b"old" and not list(Path().glob(".out*"))
+
+
+def test_the_readme_s_picture_is_what_its_command_draws(tmp_path, monkeypatch, capsys):
+    command = re.search(r"python epvlm\.py (.*) --picture (\S+)\n", (ROOT / "README.md").read_text())
+    monkeypatch.chdir(ROOT)
+    words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', command[1])]
+    assert main([*words, "--picture", str(tmp_path / "drawn.png")]) == 0
+    shown, drawn = (np.asarray(Image.open(path)) for path in (ROOT / command[2], tmp_path / "drawn.png"))
+    assert shown.shape == drawn.shape and (shown != drawn).mean() < 0.02  # letters may be smoothed otherwise
+    assert f"]({command[2]})" in (ROOT / "README.md").read_text()
