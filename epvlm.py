@@ -16,12 +16,15 @@ Glossary
     L                tokens of the prompt: text, and one for each group (2 x 2 patches, 28 x 28 pixels) kept
     sparsity         fraction of cells dropped, as in Table 1; Eq. 6's tau = 1 - sparsity is the fraction kept
     keep             mask by group, (groups_h, groups_w) bool: True keeps, False drops; keep_patches the same by patch
+    seen             keys and values of what stands before the question, to answer several about one image
 
-What differs from plain Qwen2-VL: the mask. Without events, or at sparsity 0, this is plain Qwen2-VL.
+What differs from plain Qwen2-VL: the mask. Without events, or at sparsity 0, this is plain Qwen2-VL. The paper's Fig. 1
+is `EPVLM.picture`, its Fig. 2 and 3 are `--compare`.
 """
 
 import argparse
 import bisect
+import math
 import os
 import re
 import signal
@@ -135,8 +138,7 @@ class EPVLM:
         events: a path or an array (formats: `events.read_events`), None for the dense image. sparsity: fraction of
         cells dropped, in [0, 1). sensor: (width, height) in pixels, the image's size unless given. window: first and
         last time in microseconds. cell, ties, polarity: see CHOICES. Pixel limits: the checkpoint's unless given. The
-        question may also be what `text_ids` made of it. Raises ValueError that names the value and the remedy.
-        """
+        question may also be what `text_ids` made of it. Raises ValueError that names the value and the remedy."""
         check_choices(sparsity, cell=cell, ties=ties, polarity=polarity)
         image, config = read_image(image), self.vit.config
         limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
@@ -292,13 +294,11 @@ class EPVLM:
         dimmed = Image.composite(image, Image.blend(image, Image.new("RGB", image.size, DROPPED), 0.75), keep)
         gap, font = max(8, width // 32), ImageFont.load_default(max(14, width // 20))
         told = f"{prompt}\nthe image; its events, on orange, off blue; what is kept"
-        *_, across, down = ImageDraw.Draw(image).multiline_textbbox((0, 0), told, font)
-        sides = 2 * gap + max(3 * width + 2 * gap, int(across)), 3 * gap + height + int(down)
-        whole = Image.new("RGB", sides, "white")
-        for panel, left in zip((image, shown, dimmed), (-width - gap, 0, width + gap), strict=True):
-            whole.paste(panel, ((whole.width - width) // 2 + left, gap))
-        place = whole.width / 2, height + 2 * gap
-        ImageDraw.Draw(whole).multiline_text(place, told, "black", font, anchor="ma", align="center")
+        *_, across, down = (math.ceil(end) for end in ImageDraw.Draw(image).multiline_textbbox((0, 0), told, font))
+        whole = Image.new("RGB", (max(3 * width + 4 * gap, across + 2 * gap), height + down + 3 * gap), "white")
+        for n, panel in enumerate((image, shown, dimmed)):
+            whole.paste(panel, (gap + n * (width + gap), gap))
+        ImageDraw.Draw(whole).multiline_text((gap, height + 2 * gap), told, "black", font)
         return whole
 
     def answer(self, image, events, question: str, max_new_tokens: int = 128, temperature: float = 0.0,
@@ -409,7 +409,7 @@ def run(args: argparse.Namespace) -> None:
             drawn = model.picture(prompt, image, events, args.sensor, args.window)
             write_whole(args.picture, lambda file: drawn.save(file, "PNG"))
             start += time.perf_counter() - begun
-        model.tokens(prompt, **sampling)
+        model.tokens(prompt, **sampling)  # refused, should the answer find no room
     for warning in caught:
         print(f"epvlm: warning: {warning.message}", file=sys.stderr)
     if args.question is None:
@@ -461,7 +461,7 @@ def questions() -> Iterator[str]:
             print("question: ", end="", file=sys.stderr, flush=True)
         line = sys.stdin.buffer.readline(2**20).decode(errors="surrogateescape")
         if not line:
-            return
+            return print(file=sys.stderr) if sys.stdin.isatty() else None
         if line.strip():
             yield line.strip()
 

@@ -97,8 +97,7 @@ class Events:
     def within(self, start: float, end: float) -> "Events":
         """The events from `start` to `end`, both included, in microseconds on the recording's clock.
 
-        Raises ValueError if the times are no window, or if the recording has events but none inside.
-        """
+        Raises ValueError if the times are no window, or if the recording has events but none inside."""
         if not -math.inf < start <= end < math.inf:
             raise ValueError(f"window {start:g} {end:g}: the start must not lie after the end, both in microseconds")
         low, high = (Fraction(float(edge)) / MICROSECONDS[self.unit] for edge in (start, end))
@@ -117,8 +116,7 @@ def read_events(source, order: str | None = None, time_unit: str | None = None) 
     source: a path, an array, or Events already read. Arrays and .npy: a structured array with fields in any order (see
     ALIASES); a bare N x 4 array, whose columns are found or told by `order` (such as "txyp"); any other two-dimensional
     array is a map. .npz: `event_data` (N-ImageNet), or x, y, t, p, or a single array. time_unit is that of the file: s,
-    ms, us (the default) or ns. Raises ValueError naming the file and the remedy. Nothing is ever unpickled.
-    """
+    ms, us (the default) or ns. Raises ValueError naming the file and the remedy. Nothing is ever unpickled."""
     if isinstance(source, Events):
         return source
     if time_unit not in (None, *MICROSECONDS):
@@ -200,8 +198,7 @@ def _order(name: str, rows: np.ndarray) -> str:
     Polarity is the column that holds only -1, 0 and 1. Time is the one with fractions or, of those that never decrease,
     the one of largest range. Of the other two x comes first, as in every layout in use. A doubt is an error, not a
     guess: whole times beside another column that never decreases and is constant or has over a tenth of their range, or
-    that a coordinate could be sorted into, few or mostly repeated, where an unsorted column has the larger range.
-    """
+    that a coordinate could be sorted into, few or mostly repeated, where an unsorted column has the larger range."""
     if not len(rows):
         return "xytp"
     columns = dict(enumerate(rows.T))
@@ -247,8 +244,7 @@ def _check_events(events: Events) -> None:
 def accumulate(events: Events, height: int, width: int, polarity: str = "count") -> np.ndarray:
     """E_v at the sensor's size, (height, width) int64: events by pixel, or on minus off ("signed").
 
-    Raises ValueError if events lie outside.
-    """
+    Raises ValueError if events lie outside."""
     events.check_inside(height, width)
     counts, at_once = np.zeros(height * width, dtype=np.int64), max(2**18, height * width)  # what fits the cache
     for start in range(0, len(events), at_once):
@@ -266,8 +262,7 @@ def event_map(events: Events | np.ndarray, sensor, size, window, polarity: str =
 
     sensor: (width, height) in pixels, or None for `size`, that of the image. window: (start, end) in microseconds, or
     None for all. polarity: see `accumulate`. A map is taken as it is. Raises ValueError for events outside the sensor
-    and a window without any; warns of no events at all, and where the sensor is likely smaller than the image.
-    """
+    and a window without any; warns of no events at all, and where the sensor is likely smaller than the image."""
     if isinstance(events, Events):
         width, height = sensor or size
         if min(width, height) < 1 or width * height > MOST:
@@ -295,8 +290,7 @@ def resize(E_v: np.ndarray, height: int, width: int) -> np.ndarray:
     what it covers, so that none is skipped when shrinking.
 
     The unit is 1 / (height * width) of an event: counts stay whole numbers, cells with equal counts stay equal and
-    empty ones zero. Example, one row: [3, 1] to 3 pixels gives [6, 4, 2], the sum times 3.
-    """
+    empty ones zero. Example, one row: [3, 1] to 3 pixels gives [6, 4, 2], the sum times 3."""
     return _resize_rows(_resize_rows(E_v.astype(np.float64), height).T, width).T
 
 
@@ -350,8 +344,7 @@ def spread_order(cells_h: int, cells_w: int) -> np.ndarray:
 def read_image(image: str | Path | Image.Image) -> Image.Image:
     """An image file or a PIL image of any mode, upright, as 8-bit RGB.
 
-    Transparency is laid on white, 16-bit grey is scaled to 8 bits. ValueError names a file that is no whole image.
-    """
+    Transparency is laid on white, 16-bit grey is scaled to 8 bits. ValueError names a file that is no whole image."""
     name = "the image" if isinstance(image, Image.Image) else str(image)
     try:
         if not isinstance(image, Image.Image) and Path(image).exists() and not Path(image).is_file():
@@ -391,8 +384,7 @@ def camera(
     event and sends one at each further C that its log intensity, linear between frames, rises (p = 1) or falls (p = 0).
     spread: standard deviation of C among pixels, for either polarity. noise: events per pixel and second that mean
     nothing. Example, C = 0.2, log intensity 0 to 0.5 in 100 us: events at 40 and 80 us. Raises ValueError for settings
-    out of range, frames that differ in size or do not follow in time, and more than MOST events.
-    """
+    out of range, frames that differ in size or do not follow in time, and more than MOST events."""
     for name, value, least, most in (("threshold", C, 1e-3, 10), ("spread", spread, 0, 10), ("noise", noise, 0, 1e6)):
         _check_setting(name, value, least, most)
     rng, found, held = np.random.default_rng(seed), [], 0
@@ -436,8 +428,7 @@ def _check_room(events: float) -> None:
 def _crossings(level, step, last, now):
     """x, y and time of every crossing of level + step, level + 2 step, ... between two frames, and the level reached.
 
-    level, step (H, W); last and now are (time, log intensity (H, W)).
-    """
+    level, step (H, W); last and now are (time, log intensity (H, W))."""
     (start, before), (end, after) = last, now
     crossed = np.floor((after - level) / step + 1e-9).clip(0)  # to reach a level is to cross it
     _check_room(crossed.sum())

@@ -8,7 +8,7 @@ Glossary
     positions        (3, L) int64, M-RoPE: time, row and column of every token
     keep             (groups_h, groups_w) bool, the mask by group: True keeps, False drops
     hidden           (B, L, hidden_size), B = 1 when answering
-    cache            keys and values of the tokens seen so far, preallocated
+    cache            keys and values of the tokens seen so far, preallocated; `seen`, those another cache holds
     angles           (..., L, head_dim/2) float32, half-split pairing
 
 What differs from plain Qwen2-VL: the positions of the image are packed, and text goes on after the DENSE image, so
@@ -65,8 +65,7 @@ def mrope_positions(before: int, keep: Tensor, after: int) -> Tensor:
     keep (groups_h, groups_w) bool. Returns (3, L) int64. The image stands at c = before: t = c, h = c + row, w = c +
     column; text goes on at c + max(groups_h, groups_w), whatever was dropped. Source: get_rope_index in transformers'
     modeling_qwen2_vl.py. Example, before = 1, after = 2, keep = [[1, 0, 1]] (the middle group is dropped):
-        t = 0 1 1 4 5,  h = 0 1 1 4 5,  w = 0 1 3 4 5
-    """
+        t = 0 1 1 4 5,  h = 0 1 1 4 5,  w = 0 1 3 4 5"""
     groups_h, groups_w = keep.shape
     row, column = torch.meshgrid(torch.arange(groups_h), torch.arange(groups_w), indexing="ij")
     image = torch.stack((torch.zeros_like(row), row, column)).flatten(1) + before  # (3, groups_h * groups_w)
@@ -87,8 +86,7 @@ def mrope_angles(positions: Tensor, config: DecoderConfig) -> Tensor:
 class KVCache:
     """Room for the keys and values of `length` tokens, allocated once: (layers, 1, kv_heads, length, head_dim).
 
-    It may begin with those that another cache, `seen`, holds; they are copied.
-    """
+    It may begin with those that another cache, `seen`, holds; they are copied."""
 
     def __init__(self, config: DecoderConfig, length: int, like: Tensor, seen: "KVCache | None" = None):
         shape = config.num_hidden_layers, 1, config.num_key_value_heads, length, config.head_dim
@@ -206,8 +204,7 @@ class Decoder(nn.Module):
         """hidden (B, L, hidden_size) and positions (3, L) or (3, B, L) of tokens that follow those in `cache`.
 
         Returns the last layer's output, normalised, of the last `wanted` positions, all L unless told: (B, wanted,
-        hidden_size). `logits` turns it into scores. The last layer computes only those.
-        """
+        hidden_size). `logits` turns it into scores. The last layer computes only those."""
         cos, sin = cos_sin(mrope_angles(positions.to(hidden.device), self.config), hidden.dtype)
         *layers, last = self.model["layers"]
         new = hidden.shape[1]
@@ -260,8 +257,7 @@ def generate(
 
     hidden (1, L, hidden_size), positions (3, L): the embedded prompt, or what of it follows `seen`. Token n
     of the answer stands at the prompt's largest DENSE position + 1 + n on all three axes: not at L + n, since L counts
-    the kept tokens only.
-    """
+    the kept tokens only."""
     cache = KVCache(decoder.config, (seen.filled if seen else 0) + hidden.shape[1] + limit, hidden, seen)
     hidden, position = decoder(hidden, positions, cache, wanted=1), positions[:, -1:]
     for n in range(limit):

@@ -70,8 +70,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     """The model's input size (H, W) for an image, in pixels: multiples of `factor`, area within the limits.
 
     Rounds half to even, as the published preprocessing does: factor 28 takes 42 to 56 and 70 to 56. Raises ValueError
-    when one side is over 200 times the other. Source: smart_resize in transformers' image_processing_qwen2_vl.py.
-    """
+    when one side is over 200 times the other. Source: smart_resize in transformers' image_processing_qwen2_vl.py."""
     if not 0 < max(height, width) <= 200 * min(height, width):
         raise ValueError(f"an image of {width} x {height} pixels has sides over 200 : 1; crop it")
     if not 0 < min_pixels <= max_pixels:
@@ -99,8 +98,7 @@ def packed_patches(image: Image.Image, keep: Tensor, config: VisionConfig, image
     """X~_v: the kept patches of an RGB image, normalised, each frame standing for all T of a still image.
 
     keep (grid_h, grid_w) bool also sets the input size, grid * 14 pixels. Returns (N', 3 * T * p * p) float32.
-    Pillow's bicubic filter is part of the model: other resamplers move pixels by up to 23 levels.
-    """
+    Pillow's bicubic filter is part of the model: other resamplers move pixels by up to 23 levels."""
     height, width = (side * config.patch_size for side in keep.shape)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     X_v = torch.from_numpy(np.array(image))  # (H, W, 3) uint8
@@ -145,8 +143,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     In bfloat16 on the CPU torch's fused kernel reaches 40 % of the rate of plain products: there it is plain products,
     a head for each thread, on as many scores at once as fit its cache. Scores are then rounded to bfloat16, as in
-    transformers' eager attention.
-    """
+    transformers' eager attention."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v)
     at_once, rows, out = torch.get_num_threads(), max(1, SCORES // k.shape[2]), []
@@ -199,8 +196,7 @@ class Merger(nn.Module):
         """Z_v (B, N', embed_dim); keep (N,) bool in group order. Returns H_v (B, groups kept, hidden_size).
 
         A group survives if any of its patches does. What it lacks (only with the paper's literal 14-pixel mask) enters
-        as zeros in its own slot: with patches a and d of a group kept, its four rows are a, 0, 0, d.
-        """
+        as zeros in its own slot: with patches a and d of a group kept, its four rows are a, 0, 0, d."""
         members = keep.view(-1, self.slots)
         members = members[members.any(dim=1)]  # (groups kept, M_v^2)
         if not members.all():

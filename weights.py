@@ -113,8 +113,7 @@ def read_config(folder: Path) -> tuple[dict, dict]:
     Published files keep the decoder's values at the root, newer ones nest them in text_config, some do both; rotary
     settings are `rope_theta` beside `rope_scaling`, or both within `rope_parameters`. Values absent from the file are
     left out: the dataclasses hold Qwen2-VL's own defaults, which such files rely on. Source: Qwen2VLConfig in
-    transformers' configuration_qwen2_vl.py. Raises ValueError if it describes another model.
-    """
+    transformers' configuration_qwen2_vl.py. Raises ValueError if it describes another model."""
     path, other = folder / "config.json", "give a Qwen2-VL checkpoint"
     root = read_json(path)
     if root.get("model_type") != "qwen2_vl":
@@ -152,8 +151,7 @@ def fill(config_class: type, section: dict, path: Path):
     """A frozen config dataclass from a section of a JSON file: unknown keys are left, absent ones take the default.
 
     Raises ValueError, naming file and key, for a value of the wrong type or out of range: below 0, and for whole
-    numbers 0 itself.
-    """
+    numbers 0 itself."""
     values = {}
     for field in fields(config_class):
         value, several = section.get(field.name), get_origin(field.type) is tuple
@@ -243,8 +241,7 @@ def read_tensors(folder: Path, shapes: dict[str, tuple], tied: bool, dtype=None,
 
     Tensors are memory-mapped and used as they lie: nothing is copied where the file has the dtype asked for (None: that
     of its embedding) and the device is the CPU. Else they are converted one by one, each from a mapping of its own that
-    is given back at once, so that two copies of the weights are never held. Raises ValueError.
-    """
+    is given back at once, so that two copies of the weights are never held. Raises ValueError."""
     stored = _stored(folder)
     _check(folder, stored, shapes, tied)
     dtype = dtype or stored[EMBEDDING].dtype

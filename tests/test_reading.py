@@ -156,8 +156,8 @@ def test_a_comparison_needs_a_question(files, capsys):
 
 def panels(whole: Image.Image, width: int, height: int) -> list[np.ndarray]:
     """The three of them, apart by 8 pixels or a 32nd of their width."""
-    gap, middle = max(8, width // 32), (whole.width - width) // 2
-    lefts = middle - width - gap, middle, middle + width + gap
+    gap = max(8, width // 32)
+    lefts = gap, width + 2 * gap, 2 * width + 3 * gap
     return [np.asarray(whole.crop((left, gap, left + width, gap + height))).astype(int) for left in lefts]
 
 
