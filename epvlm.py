@@ -106,8 +106,10 @@ class EPVLM:
         self.vit, self.llm, self.tokenizer, self.image_config = vit, llm, tokenizer, image_config
         self.special = {name: tokenizer.token_to_id(text) for name, text in SPECIAL.items()}
         self.stop = {self.special["im_end"], *stop}  # token ids that end an answer
-        self._weight = vit.patch_embed.proj.weight  # its dtype and device are the model's
-        self._side = vit.config.patch_size * vit.config.spatial_merge_size  # of a group, pixels
+
+    @property
+    def _weight(self) -> Tensor:  # its dtype and device are the model's
+        return self.vit.patch_embed.proj.weight
 
     @classmethod
     def from_pretrained(cls, model: str | Path, revision: str | None = None, device=None, dtype=None) -> "EPVLM":
@@ -143,16 +145,16 @@ class EPVLM:
         image, config = read_image(image), self.vit.config
         limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
         limits = replace(self.image_config, **{name: value for name, value in limits.items() if value is not None})
-        patch, merge = config.patch_size, config.spatial_merge_size
-        height, width = smart_resize(image.height, image.width, patch * merge, limits.min_pixels, limits.max_pixels)
+        patch, merge, group = config.patch_size, config.spatial_merge_size, config.group_size
+        height, width = smart_resize(image.height, image.width, group, limits.min_pixels, limits.max_pixels)
         before, after = self.text_ids(question) if isinstance(question, str) else question
-        groups = height * width // (patch * merge) ** 2
+        groups = height * width // group**2
         kept = groups if events is None else budget(groups, 1 - sparsity)  # at least
         self._check_room(kept, groups, len(before) + len(after), answer=1)
         keep_patches, source = torch.ones(height // patch, width // patch, dtype=torch.bool), "no events"
         if events is not None:
             E_v, source = event_map(read_events(events, order, time_unit), sensor, image.size, window, polarity)
-            S = motion(resize(E_v, height, width), patch * merge if cell == "group" else patch)  # Eq. 5
+            S = motion(resize(E_v, height, width), group if cell == "group" else patch)  # Eq. 5
             M = torch.from_numpy((budget_mask if ties == "exact" else literal_mask)(S, tau=1 - sparsity))  # Eq. 6
             keep_patches = M.repeat_interleave(merge, 0).repeat_interleave(merge, 1) if cell == "group" else M
         keep = keep_patches.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).any(dim=3).any(dim=1)  # by group
@@ -187,7 +189,7 @@ class EPVLM:
             smaller = bisect.bisect(range(1, groups), False, key=lambda n: not fits(n, n, usual))
             some = [fits(budget(groups, 1 - hundredth / 100), groups, usual) for hundredth in range(100)]
             higher = bisect.bisect(some, False)  # hundredths to drop
-            remedy = f"give --max-pixels {max(1, smaller) * self._side**2} or less"
+            remedy = f"give --max-pixels {max(1, smaller) * self.vit.config.group_size**2} or less"
             remedy += f", or with events in 28-pixel cells --sparsity 0.{higher:02} or more" if 0 < higher < 100 else ""
         raise ValueError(f"{needs} exceed {' and '.join(within)}; {remedy}")
 
@@ -198,7 +200,7 @@ class EPVLM:
         layer = 4 * config.hidden_size + 3 * config.intermediate_size  # and while a layer reads it
         patch = 4 * self._weight[0].numel() + size * 12 * vision.embed_dim
         tokens = size * (kv * (kept + text + answer) + layer * (kept + text))
-        return tokens + kept * vision.spatial_merge_size**2 * patch + DENSE_BYTES * self._side**2 * groups
+        return tokens + kept * vision.spatial_merge_size**2 * patch + DENSE_BYTES * vision.group_size**2 * groups
 
     def text_ids(self, question: str) -> tuple[list[int], list[int]]:
         """Token ids before and after the image. Special tokens are put in by id; a question that spells one is text."""

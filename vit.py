@@ -65,6 +65,11 @@ class VisionConfig:
         if self.embed_dim % (4 * self.num_heads):
             raise ValueError(f"vision embed_dim {self.embed_dim} is no multiple of 4 x {self.num_heads} heads")
 
+    @property
+    def group_size(self) -> int:
+        """Side of a group, pixels."""
+        return self.patch_size * self.spatial_merge_size
+
 
 def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """The model's input size (H, W) for an image, in pixels: multiples of `factor`, area within the limits.
