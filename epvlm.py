@@ -22,22 +22,23 @@ What differs from plain Qwen2-VL: the mask. Without events, or at sparsity 0, th
 is `EPVLM.picture`, its Fig. 2 and 3 are `--compare`.
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # while the libraries load
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
 import bisect
 import math
-import os
 import re
-import signal
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # while the libraries load
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ from events import (
     check_output,
     event_map,
     exit_status,
-    literal_mask,  # fmt: skip
+    literal_mask,
     motion,
     read_events,
     read_image,
@@ -66,9 +67,10 @@ from llm import Decoder, DecoderConfig, KVCache, generate, mrope_positions, samp
 from vit import ImageConfig, VisionConfig, VisionTransformer, packed_patches, smart_resize
 
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
-CHOICES = {"cell": ("group", "patch"), "ties": ("exact", "literal"), "polarity": ("count", "signed")}
+RULES = {"exact": budget_mask, "literal": literal_mask}  # S, tau -> mask
+CHOICES = {"cell": ("group", "patch"), "ties": tuple(RULES), "polarity": ("count", "signed")}
 PROMPT_OPTIONS = ("cell", "ties", "polarity", "sensor", "window", "min_pixels", "max_pixels")
-ON, OFF, DROPPED = "#e66101", "#2166ac", "#181c40"  # colours of a picture, told apart by the colour-blind too
+ON, OFF, DROPPED = "#ff2010", "#1060ff", "#103028"  # colours of a picture; both polarities at once are purple
 DENSE_BYTES = 24  # that a pixel of the dense image takes while patches are chosen
 SPECIAL = {name: f"<|{name}|>" for name in ("im_start", "im_end", "vision_start", "vision_end", "image_pad")}
 
@@ -84,6 +86,7 @@ class Prompt:
     keep_patches: Tensor  # (grid_h, grid_w) bool, M_v^E by patch
     image_start: int  # index of the first image token
     source: str  # where the mask comes from, such as "37142 events in 20.0 ms"
+    S: np.ndarray | None  # (cells_h, cells_w) float64, Eq. 5, in 1 / (H W) of an event; None without events
 
     @property
     def tokens(self) -> int:
@@ -149,19 +152,19 @@ class EPVLM:
         height, width = smart_resize(image.height, image.width, group, limits.min_pixels, limits.max_pixels)
         before, after = self.text_ids(question) if isinstance(question, str) else question
         groups = height * width // group**2
-        kept = groups if events is None else budget(groups, 1 - sparsity)  # at least
+        kept = groups if events is None else budget(groups, 1 - sparsity)  # at least: ties or patches may keep more
         self._check_room(kept, groups, len(before) + len(after), answer=1)
-        keep_patches, source = torch.ones(height // patch, width // patch, dtype=torch.bool), "no events"
+        keep_patches, source, S = torch.ones(height // patch, width // patch, dtype=torch.bool), "no events", None
         if events is not None:
             E_v, source = event_map(read_events(events, order, time_unit), sensor, image.size, window, polarity)
             S = motion(resize(E_v, height, width), group if cell == "group" else patch)  # Eq. 5
-            M = torch.from_numpy((budget_mask if ties == "exact" else literal_mask)(S, tau=1 - sparsity))  # Eq. 6
+            M = torch.from_numpy(RULES[ties](S, tau=1 - sparsity))  # Eq. 6, (cells_h, cells_w)
             keep_patches = M.repeat_interleave(merge, 0).repeat_interleave(merge, 1) if cell == "group" else M
-        keep = keep_patches.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).any(dim=3).any(dim=1)  # by group
+        keep = keep_patches.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).any(dim=3).any(dim=1)  # groups_h, _w
         input_ids = torch.tensor(before + [self.special["image_pad"]] * int(keep.sum()) + after)
         positions = mrope_positions(len(before), keep, len(after))
         patches = packed_patches(image, keep_patches, config, self.image_config)  # Eq. 7
-        return Prompt(input_ids, positions, patches, keep, keep_patches, len(before), source)
+        return Prompt(input_ids, positions, patches, keep, keep_patches, len(before), source, S)
 
     def with_question(self, prompt: Prompt, question: str) -> Prompt:
         """The same image with another question."""
@@ -183,12 +186,12 @@ class EPVLM:
         if self._memory(kept, groups, text, answer) > free:
             within.append(f"{free / 2**30:.2g} GiB of free memory")
         needs = f"{kept + text + answer} tokens ({kept} of the image, {text} of text, {answer} of the answer)"
-        remedy = "lower --max-new-tokens, or shorten the question"
+        remedy = "shorten the question" if text > answer else "lower --max-new-tokens"
         if text + answer <= kept:
             usual = max(128, answer)
             smaller = bisect.bisect(range(1, groups), False, key=lambda n: not fits(n, n, usual))
             some = [fits(budget(groups, 1 - hundredth / 100), groups, usual) for hundredth in range(100)]
-            higher = bisect.bisect(some, False)  # hundredths to drop
+            higher = some.index(True) if any(some) else 100  # hundredths to drop
             remedy = f"give --max-pixels {max(1, smaller) * self.vit.config.group_size**2} or less"
             remedy += f", or with events in 28-pixel cells --sparsity 0.{higher:02} or more" if 0 < higher < 100 else ""
         raise ValueError(f"{needs} exceed {' and '.join(within)}; {remedy}")
@@ -252,6 +255,8 @@ class EPVLM:
         exceeds the model's context."""
         if max_new_tokens < 1:
             raise ValueError(f"max-new-tokens {max_new_tokens}: give 1 or more")
+        if seen and seen.filled != prompt.image_end:
+            raise ValueError("what was seen is another prompt's; give what `see` made of this image")
         self._check_room(prompt.tokens, prompt.keep.numel(), len(prompt.input_ids) - prompt.tokens, max_new_tokens)
         return self._decode(prompt, max_new_tokens, sampler(temperature, top_p, seed), seen)
 
@@ -278,27 +283,29 @@ class EPVLM:
         if rest := self.tokenizer.decode(held, skip_special_tokens=True):
             yield rest
 
-    def picture(self, prompt: Prompt, image, events, sensor=None, window=None) -> Image.Image:
-        """The paper's Fig. 1 of one's own input: the image as the model gets it; the events over it, on in orange and
-        off in blue; the image with what is dropped dimmed. Below, the counts. Arguments are those of `prompt`."""
-        size, (height, width) = image.size, (self.vit.config.patch_size * n for n in prompt.keep_patches.shape)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-        shown = image.convert("L").convert("RGB")
+    def picture(self, prompt: Prompt, image, events, sensor=None, window=None, **reading) -> Image.Image:
+        """The paper's Fig. 1 of one's own input: the image as the model gets it; the events over it, on in red and off
+        in blue; the image with what is dropped darkened. Below, the counts. Arguments are those of `prompt`."""
+        image, (height, width) = read_image(image), (self.vit.config.patch_size * n for n in prompt.keep_patches.shape)
+        size, image = image.size, image.resize((width, height), Image.Resampling.BICUBIC)
+        shown, legend = image.convert("L").convert("RGB"), ""
         if events is not None:
             with warnings.catch_warnings(action="ignore"):  # `prompt` has told them
-                count, signed = (event_map(events, sensor, size, window, rule)[0] for rule in CHOICES["polarity"])
-            count, signed = np.abs(resize(count, height, width)), resize(signed, height, width)
-            strong = np.quantile(count[count > 0], 0.9) if count.any() else 1.0
-            for part, colour in ((count + signed, ON), (count - signed, OFF)):  # twice the events of a polarity
-                opacity = np.sqrt((part / (2 * strong)).clip(0, 1))
-                shown.paste(colour, mask=Image.fromarray((255 * opacity).astype(np.uint8)))
-        keep = Image.fromarray(255 * prompt.keep_patches.numpy().astype(np.uint8)).resize(image.size, 0)
-        dimmed = Image.composite(image, Image.blend(image, Image.new("RGB", image.size, DROPPED), 0.75), keep)
+                events, legend = read_events(events, **reading), ", red on, blue off"
+                maps = (event_map(events, sensor, size, window, polarity)[0] for polarity in ("count", "signed"))
+                count, signed = (resize(E_v, height, width) for E_v in maps)
+            count = np.abs(count)
+            strength = count / (np.quantile(count[count > 0], 0.9) if count.any() else 1)
+            on = _grey((count + signed) / np.maximum(2 * count, 1))  # the share of on
+            colours = Image.composite(*(Image.new("RGB", image.size, colour) for colour in (ON, OFF)), on)
+            shown.paste(colours, mask=_grey((count > 0) * (0.3 + 0.7 * strength.clip(0, 1))))
+        dark = Image.blend(image, Image.new("RGB", image.size, DROPPED), 0.75)
+        kept = Image.composite(image, dark, _grey(prompt.keep_patches.numpy()).resize(image.size, 0))
         gap, font = max(8, width // 32), ImageFont.load_default(max(14, width // 20))
-        told = f"{prompt}\nthe image; its events, on orange, off blue; what is kept"
+        told = f"{prompt}\nleft: the image; middle: events{legend}; right: dropped patches darkened"
         *_, across, down = (math.ceil(end) for end in ImageDraw.Draw(image).multiline_textbbox((0, 0), told, font))
         whole = Image.new("RGB", (max(3 * width + 4 * gap, across + 2 * gap), height + down + 3 * gap), "white")
-        for n, panel in enumerate((image, shown, dimmed)):
+        for n, panel in enumerate((image, shown, kept)):
             whole.paste(panel, (gap + n * (width + gap), gap))
         ImageDraw.Draw(whole).multiline_text((gap, height + 2 * gap), told, "black", font)
         return whole
@@ -308,6 +315,11 @@ class EPVLM:
         """X_a of Eq. 4 as text. `options` are those of `prompt`."""
         prompt = self.prompt(image, events, question, **options)
         return "".join(self.stream(prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed))
+
+
+def _grey(values: np.ndarray) -> Image.Image:
+    """0 to 1 as 8-bit grey."""
+    return Image.fromarray(np.rint(255 * values).astype(np.uint8))
 
 
 def build(folder: Path) -> tuple[VisionTransformer, Decoder]:
@@ -379,7 +391,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
     add("--compare", action="store_true", help="answer from the dense image first, and tell what dropping saves")
     add("--picture", type=Path, metavar="OUT.png", help="draw the image, its events, and what is kept")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # the question may follow options
 
 
 def run(args: argparse.Namespace) -> None:
@@ -393,38 +405,38 @@ def run(args: argparse.Namespace) -> None:
         if args.picture:
             check_output(args.picture, ".png", (args.image, args.events))
         if args.compare and (args.question is None or args.events == "none"):
-            raise ValueError("--compare needs events and a question; give both")
+            raise ValueError(
+                f"--compare: there {'is no question' if args.question is None else 'are no events'}; give both"
+            )
         if args.question is None and not (sys.stdin and (sys.stdin.isatty() or sys.stdin.buffer.peek())):
             raise ValueError("no question; give one after the events, or one a line on standard input")
         image = read_image(args.image)
         events = None if args.events == "none" else read_events(args.events, args.order, args.time_unit)
         model = EPVLM.from_pretrained(args.model, args.revision, args.device, args.dtype)
         text = model.text_ids(args.question or "")
-        if args.compare:
-            list(model.tokens(model.prompt(image.resize((28, 28)), None, text, min_pixels=1), 1))  # reads the weights
+        if args.compare:  # a first pass, for both to find the weights in memory
+            list(model.tokens(model.prompt(image.resize((28, 28)), None, text, min_pixels=1), 1))
+        prompts = []  # with the seconds each took
+        for given in (events, None) if args.compare else (events,):
             start = time.perf_counter()
-            dense = answer(model, model.prompt(image, None, text, **options), sampling, start)
-        start = time.perf_counter()
-        prompt = model.prompt(image, events, text, args.sparsity, **options)
-        if args.picture:
-            begun = time.perf_counter()
-            drawn = model.picture(prompt, image, events, args.sensor, args.window)
-            write_whole(args.picture, lambda file: drawn.save(file, "PNG"))
-            start += time.perf_counter() - begun
-        model.tokens(prompt, **sampling)  # refused, should the answer find no room
+            prompts.append((model.prompt(image, given, text, args.sparsity, **options), time.perf_counter() - start))
+            model.tokens(prompts[-1][0], **sampling)  # refused, should the answer find no room
     for warning in caught:
         print(f"epvlm: warning: {warning.message}", file=sys.stderr)
+    if args.picture:
+        drawn = model.picture(prompts[0][0], image, events, args.sensor, args.window)
+        write_whole(args.picture, lambda file: drawn.save(file, "PNG"))
     if args.question is None:
-        return converse(model, prompt, sampling, start)
-    packed = answer(model, prompt, sampling, start)
+        return converse(model, *prompts[0], sampling)
+    costs = [say(model, *prompt, sampling) for prompt in reversed(prompts)]
     if args.compare:
-        print(comparison(dense, packed), file=sys.stderr)
+        print(comparison(*costs), file=sys.stderr)
 
 
-def answer(model: EPVLM, prompt: Prompt, sampling: dict, start: float) -> tuple:
-    """Answers on stdout; a line on stderr before it says what was kept and what it has cost since `start`. Returns
-    patches, tokens, FLOPs, and seconds to the first token and to the last."""
-    tokens = model.tokens(prompt, **sampling)
+def say(model: EPVLM, prompt: Prompt, spent: float, sampling: dict) -> tuple[int, int, int, float, float]:
+    """Answers on stdout; a line on stderr before it says what was kept and what it cost. spent: seconds that the prompt
+    took. Returns patches, tokens, FLOPs, and seconds to the first token and to the last."""
+    start, tokens = time.perf_counter() - spent, model.tokens(prompt, **sampling)
     if sys.stderr.isatty():
         show_progress(model)
     first = next(tokens)
@@ -443,15 +455,16 @@ def show(pieces: Iterator[str]) -> None:
 
 
 def scale(flops: int) -> tuple[float, str]:
+    """How many make a unit, and its prefix."""
     return next((size, unit) for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if flops >= size or unit == "M")
 
 
 def comparison(dense: tuple, packed: tuple) -> str:
-    """What `answer` returned of both, and the ratios, as a table."""
+    """What `say` returned of both, and the ratios, as a table."""
     size, unit = scale(dense[2])
     lines = [f"{'':6}  patches   tokens  {unit}FLOPs  first token, s  answer, s"]
     for name, (patches, tokens, flops, first, whole) in (("dense", dense), ("packed", packed)):
-        lines.append(f"{name:6}{patches:9}{tokens:9}{flops / size:8.2f}{first:16.2f}{whole:11.2f}")
+        lines.append(f"{name:6}{patches:9}{tokens:9}{flops / size:8.2f}{first:16.3f}{whole:11.3f}")
     ratios = (p / d for p, d in zip(packed, dense, strict=True))
     return "\n".join([*lines, "{:6}{:9.2f}{:9.2f}{:8.2f}{:16.2f}{:11.2f}".format("ratio", *ratios)])
 
@@ -468,19 +481,22 @@ def questions() -> Iterator[str]:
             yield line.strip()
 
 
-def converse(model: EPVLM, prompt: Prompt, sampling: dict, start: float) -> None:
-    """Answers questions about one image, each for itself. What stands before them is computed once."""
+def converse(model: EPVLM, prompt: Prompt, spent: float, sampling: dict) -> None:
+    """Answers questions about one image, each for itself; what stands before them is computed once. One that cannot be
+    answered is told, and the next is read. Raises ValueError at the end of a pipe that had one, or none at all."""
+    start, asked, failed = time.perf_counter() - spent, 0, 0
     if sys.stderr.isatty():
         show_progress(model)
     seen = model.see(prompt)
     print(f"{prompt}, read in {time.perf_counter() - start:.2f} s", file=sys.stderr, flush=True)
-    for question in questions():
+    for asked, question in enumerate(questions(), 1):
         try:
             show(model.pieces(model.tokens(model.with_question(prompt, question), **sampling, seen=seen)))
         except ValueError as error:
-            if not sys.stdin.isatty():
-                raise
-            print(f"epvlm: error: {error}", file=sys.stderr)
+            failed += 1
+            print(f"epvlm: question {asked}: {error}", file=sys.stderr)
+    if not sys.stdin.isatty() and (failed or not asked):
+        raise ValueError(f"{failed} of {asked} questions could not be answered; correct them")
 
 
 def show_progress(model: EPVLM) -> None:

@@ -10,7 +10,7 @@ Glossary
     x, y, t, p       an event: column and row (pixels), time (microseconds, or the file's unit), polarity (on or off)
     E_v              event map: events of a time window added up by pixel, first at the sensor's size, then the input's
     cell             what the mask decides on: a merge group, 28 x 28 pixels (the default), or a patch, 14 x 14
-    S                (cells_h, cells_w), Eq. 5: L1 norm of E_v in each cell
+    S                (cells_h, cells_w), Eq. 5: L1 norm of E_v in each cell, in E_v's unit: that of `resize`
     tau              fraction kept, as in Eq. 6; `sparsity` = 1 - tau is the fraction dropped, as in Table 1
     mask             (cells_h, cells_w) bool, Eq. 6's M_v^E: True keeps, False drops
     L, C             log intensity of a pixel, and the change of it that makes an event: the camera's contrast threshold
@@ -20,12 +20,16 @@ a pixel flickers), and ties at the quantile are broken so that the budget is met
 at all; Eq. 6 as printed then keeps every one of them.
 """
 
-import argparse
-import contextlib
-import math
 import os
 import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # while the libraries load
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import argparse
+import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -33,9 +37,6 @@ from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # while the libraries load
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -60,6 +61,7 @@ REFUSALS = (ValueError, OSError, MemoryError, ArithmeticError, RuntimeError)  # 
 
 
 def fault(name, what: str, remedy: str) -> ValueError:
+    """A refusal in one line."""
     return ValueError(f"{name}: {what}; {remedy}")
 
 
@@ -91,8 +93,9 @@ class Events:
         left, right, top, bottom = self.extent if len(self) else (0, 0, 0, 0)
         if min(left, top) < 0 or right >= width or bottom >= height:
             extent = f"events cover x {left} to {right} and y {top} to {bottom}, not inside {width} x {height} pixels"
-            below = min(left, top) < 0
-            raise fault(self.name, extent, "drop those below 0" if below else "give the sensor's size: --sensor WxH")
+            remedy = "drop those below 0" if min(left, top) < 0 else "give the sensor's size: --sensor WxH"
+            remedy += ", or exchange x and y" if 0 <= left <= right < height and 0 <= top <= bottom < width else ""
+            raise fault(self.name, extent, remedy)
 
     def within(self, start: float, end: float) -> "Events":
         """The events from `start` to `end`, both included, in microseconds on the recording's clock.
@@ -128,7 +131,8 @@ def read_events(source, order: str | None = None, time_unit: str | None = None) 
     name, data = ("the events", source) if isinstance(source, np.ndarray) else (str(source), _load(Path(source)))
     if isinstance(data, np.ndarray) and not data.dtype.names:
         if data.ndim != 2 or data.dtype.kind not in "biuf":
-            raise fault(name, f"shape {data.shape} of {data.dtype}", "give x, y, t, p as fields or N x 4, or a map")
+            told = "give x, y, t, p as fields or N x 4, or a map H x W (of a stack of maps, np.abs(stack).sum(axis=0))"
+            raise fault(name, f"shape {data.shape} of {data.dtype}", told)
         if data.shape[1] != 4:
             return _checked_map(name, data, order)
         data = dict(zip(order or _order(name, data), data.T, strict=True))
@@ -150,7 +154,7 @@ def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
         if magic[:1] == b"\x80":
             raise ValueError("Object that is pickled")
         if magic[:6] != b"\x93NUMPY" and magic[:2] != b"PK":
-            raise ValueError("neither .npy nor .npz; convert it (text: numpy.loadtxt, then numpy.save)")
+            raise ValueError("neither .npy nor .npz; README.md tells how to convert text, CSV and HDF5")
         data = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(data, np.ndarray):
             return data
@@ -158,7 +162,7 @@ def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
             size = sum(member.file_size for member in data.zip.infolist())
             if size > max(2**25, 20 * path.stat().st_size):
                 raise ValueError(f"it unpacks to {size} bytes, over 20 times its size; store it as .npy")
-            known = [name for name in data.files if any(name.lower() in aliases for aliases in ALIASES.values())]
+            known = [name for name in data.files if any(_plain(name) in aliases for aliases in ALIASES.values())]
             names = ["event_data"] if "event_data" in data.files else known if len(known) >= 4 else data.files
             arrays = {name: data[name] for name in names}
         if not all(isinstance(array, np.ndarray) for array in arrays.values()):
@@ -170,6 +174,8 @@ def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, ValueError) and "object" in reason.lower():
             reason = CONVERT.format(path, path.stem)
+        elif "README" not in reason:
+            reason += "; give a whole .npy or .npz of events"
         raise ValueError(f"{path}: cannot be read as events: {reason}") from None
 
 
@@ -184,7 +190,7 @@ def _checked_map(name: str, E_v: np.ndarray, order: str | None) -> np.ndarray:
 def _fields(name: str, data) -> list[str]:
     """The keys of x, y, t, p in a structured array or a dict, by their usual names."""
     present = data.dtype.names if isinstance(data, np.ndarray) else list(data)
-    found = [[key for key in present if key.lower() in aliases] for aliases in ALIASES.values()]
+    found = [[key for key in present if _plain(key) in aliases] for aliases in ALIASES.values()]
     for column, keys in zip(ALIASES, found, strict=True):
         if len(keys) != 1:
             told = f"{len(keys) or 'no'} columns for {column} among {', '.join(present) or 'none at all'}"
@@ -192,13 +198,19 @@ def _fields(name: str, data) -> list[str]:
     return [key for keys in found for key in keys]
 
 
+def _plain(key: str) -> str:
+    """The name of a column without the folder some files have it in: "events/X" is "x"."""
+    return key.lower().rpartition("/")[2]
+
+
 def _order(name: str, rows: np.ndarray) -> str:
     """What the columns of an N x 4 array are, such as "txyp".
 
     Polarity is the column that holds only -1, 0 and 1. Time is the one with fractions or, of those that never decrease,
     the one of largest range. Of the other two x comes first, as in every layout in use. A doubt is an error, not a
-    guess: whole times beside another column that never decreases and is constant or has over a tenth of their range, or
-    that a coordinate could be sorted into, few or mostly repeated, where an unsorted column has the larger range."""
+    guess. Times without fractions are in doubt
+    - beside another column that never decreases, if that is constant or has over a tenth of their range;
+    - beside a column of larger range, if they are fewer than 8 or mostly repeated: a coordinate might be sorted so."""
     if not len(rows):
         return "xytp"
     columns = dict(enumerate(rows.T))
@@ -213,6 +225,8 @@ def _order(name: str, rows: np.ndarray) -> str:
         moving = len(rows) >= 8 and 2 * np.count_nonzero(values[1:] != values[:-1]) >= len(rows)
         certain = all(0 < 10 * rival <= ranges[time] for rival in rivals)
         certain = certain and (moving or ranges[time] == max(ranges.values()))
+    if not polar:
+        raise fault(name, "no column holds polarities alone", "store them as 0 and 1, or -1 and +1")
     if not certain:
         raise fault(name, "which of its columns are x, y, t, p is uncertain", "say it, as in --order txyp")
     x, y = (c for c in columns if c not in (time, polar[0]))
@@ -268,6 +282,11 @@ def event_map(events: Events | np.ndarray, sensor, size, window, polarity: str =
         if min(width, height) < 1 or width * height > MOST:
             raise ValueError(f"a sensor of {width} x {height} pixels; give its real size")
         events.check_inside(height, width)  # all of them, also outside the window: is this the sensor's size?
+        if 2 * width * size[1] > 3 * height * size[0] or 3 * width * size[1] < 2 * height * size[0]:
+            told = (
+                f"{width} x {height} pixels of the event camera and {size[0]} x {size[1]} of the image differ in shape"
+            )
+            warnings.warn(f"{told}; they are taken to see the same field of view", stacklevel=3)
         if not sensor and len(events) and 2 * events.extent[1] < width and 2 * events.extent[3] < height:
             told = f"{events.name}: all events lie in the first quarter of the image's {width} x {height} pixels"
             warnings.warn(f"{told}; if the event camera is smaller, say --sensor WxH", stacklevel=3)
@@ -281,7 +300,7 @@ def event_map(events: Events | np.ndarray, sensor, size, window, polarity: str =
         if window is not None or (sensor and tuple(sensor) != events.shape[::-1]):
             raise ValueError(f"{source} has no times and only its own size; leave --window and --sensor out")
     if empty:
-        warnings.warn("the recording holds no events at all; evenly spread cells are kept", stacklevel=3)
+        warnings.warn("there are no events at all; the cells that are kept mean nothing", stacklevel=3)
     return E_v, source
 
 
@@ -303,23 +322,20 @@ def _resize_rows(rows: np.ndarray, target: int) -> np.ndarray:
 
 
 def motion(E_v: np.ndarray, side: int) -> np.ndarray:
-    """Eq. 5: S, the L1 norm of E_v in each cell of `side` pixels. E_v (H, W), whole cells; returns (H/side, W/side)."""
+    """Eq. 5: S, the L1 norm of E_v in each cell of `side` pixels. E_v (H, W), whole cells; returns (H/side, W/side), in
+    the unit of E_v."""
     cells_h, cells_w = E_v.shape[0] // side, E_v.shape[1] // side
     return np.abs(E_v).reshape(cells_h, side, cells_w, side).sum(axis=(1, 3))  # Eq. 5
 
 
-def literal_mask(S: np.ndarray, tau: float) -> np.ndarray:
-    """Eq. 6 as printed: keep where S reaches its (1 - tau) quantile, linearly interpolated. All that tie are kept."""
-    place = round((1 - tau) * (S.size - 1), 9)  # 9 decimals: 1 - 0.7 is not 0.3 in floating point
-    ordered = np.sort(S, axis=None)
-    below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
-    quantile = below + (place - math.floor(place)) * (above - below)
-    return S >= quantile  # Eq. 6
-
-
 def budget(cells: int, tau: float) -> int:
-    """How many of so many cells Eq. 6 keeps when nothing ties."""
-    return cells - math.ceil(round((1 - tau) * (cells - 1), 9))
+    """How many of n cells Eq. 6 keeps if none tie: n - ceil((1 - tau)(n - 1)), its quantile linearly interpolated."""
+    return cells - math.ceil(round((1 - tau) * (cells - 1), 9))  # 9 decimals: 1 - 0.7 is not 0.3 in floating point
+
+
+def literal_mask(S: np.ndarray, tau: float) -> np.ndarray:
+    """Eq. 6 as printed: keep where S reaches its (1 - tau) quantile. All that tie with the least that does are kept."""
+    return S >= np.sort(S, axis=None)[-budget(S.size, tau)]  # Eq. 6
 
 
 def budget_mask(S: np.ndarray, tau: float) -> np.ndarray:
@@ -485,7 +501,7 @@ def check_output(path: Path, suffix: str = "", inputs: Iterable[str] = ()) -> Pa
         raise fault(path, "cannot be written there", "give a file's name in a folder that exists")
     if place in [Path(name).resolve() for name in inputs]:
         raise fault(path, "is one of the inputs", "give another name")
-    if not path.name.endswith(suffix):
+    if not path.name.lower().endswith(suffix):
         raise fault(path, f"it is written as {suffix}", "name it so")
     return place
 
@@ -498,8 +514,11 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with beside.open("wb") as file:
             write(file)
         beside.replace(place)
+    except OSError as error:
+        raise fault(path, f"cannot be written ({error.strerror or error})", "make room, or write elsewhere") from None
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
 
 
 def save_events(events: Events, path: Path) -> None:
@@ -531,6 +550,7 @@ def exit_status(program: str, work: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
+        print(end="\n" if sys.stderr.isatty() else "", file=sys.stderr)  # the shell's prompt gets a line of its own
         return 130
     except REFUSALS as error:
         told = " ".join(str(error).split()) or type(error).__name__

@@ -97,7 +97,7 @@ class KVCache:
             self.values[..., : seen.filled, :] = seen.values[..., : seen.filled, :]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k, v (B, kv_heads, new, head_dim) after the tokens held, and returns all of the layer's."""
+        """Stores k, v (1, kv_heads, new, head_dim) after the tokens held, and returns all of the layer's."""
         end = self.filled + k.shape[2]
         self.keys[layer, :, :, self.filled : end] = k
         self.values[layer, :, :, self.filled : end] = v
@@ -148,9 +148,9 @@ class Attention(nn.Module):
         if wanted == 1:  # it sees all; query heads that share a key head are as good as several queries
             out = F.scaled_dot_product_attention(q.view(len(q), k.shape[1], -1, self.head_dim), k, v)
             return self.o_proj(out.flatten(1).unsqueeze(1))
-        seen = k.shape[2] - wanted
-        mask = torch.ones(wanted, k.shape[2], dtype=torch.bool, device=x.device).tril(seen) if seen else None
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not seen, enable_gqa=True)
+        before = k.shape[2] - wanted
+        mask = torch.ones(wanted, k.shape[2], dtype=torch.bool, device=x.device).tril(before) if before else None
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not before, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -264,10 +264,8 @@ def generate(
         logits = decoder.logits(hidden[0, -1])
         if not logits.isfinite().all():
             dtype = str(hidden.dtype).removeprefix("torch.")
-            other = (
-                "--dtype bfloat16 or float32" if dtype == "float16" else "--dtype float32, or fetch the weights again"
-            )
-            raise ValueError(f"scores in {dtype} are not finite; try {other}")
+            other = {"float16": "--dtype bfloat16 or float32", "bfloat16": "--dtype float32, or other weights"}
+            raise ValueError(f"scores in {dtype} are not finite; try {other.get(dtype, 'other weights')}")
         token = choose(logits)
         yield token
         if token in stop or n == limit - 1:

@@ -5,9 +5,11 @@ Equations: 1 and 3 (the dense case, nothing dropped), 7 and 8 (Pack), 9 (the tra
 Glossary
     X_v              the image after smart_resize, (H, W, 3) uint8, H and W multiples of 28 pixels
     p                patch side, 14 pixels; M_v the merge size, 2 patches; a group is M_v x M_v patches, 28 pixels
+    T                frames of a patch, 2: a still image stands for both
     N, N'            patches of the dense image, (H/14) * (W/14), and patches kept
     keep             (grid_h, grid_w) bool, the mask by patch: True keeps, False drops
     X~_v, R~^2D      packed patches (N', 1176) and packed rotary angles (N', head_dim/2)
+    z                what the layers pass on, (B, N', embed_dim), in the end
     Z_v, H_v         the transformer's output (N', embed_dim); visual tokens (groups kept, hidden_size)
     B                leading batch dimension, 1 when answering
 
@@ -228,8 +230,8 @@ class VisionTransformer(nn.Module):
         cos, sin = cos_sin(pack(R_2D, rows).to(patches.device))  # Eq. 8: computed on the dense grid, then packed
         z = self.patch_embed(patches)
         for block in self.blocks:
-            z = block(z, cos, sin)  # Eq. 9
-        return self.merger(z, rows)  # Eq. 10
+            z = block(z, cos, sin)  # Eq. 9; with nothing dropped, Eq. 1
+        return self.merger(z, rows)  # Eq. 10; with nothing dropped, Eq. 3
 
     def flops(self, patches: int, groups: int) -> tuple[int, int]:
         """FLOPs of `forward` for so many patches and groups kept, a multiply-add being two: those of the linear layers,

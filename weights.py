@@ -52,8 +52,11 @@ def fetch(model: str | Path, revision: str | None = None) -> Path:
     huggingface_hub's cache (its progress bars show on a terminal only). Raises ValueError with the remedy."""
     folder = Path(os.path.expanduser(model))  # which, unlike Path's, raises nothing
     if folder.exists() or folder.is_absolute() or str(model).startswith((".", "~")):
+        if (folder / "adapter_config.json").is_file():
+            raise fault(model, "holds an adapter", "merge it into its model (peft: merge_and_unload) and save that")
         if not (folder / "config.json").is_file():
-            raise fault(model, "no checkpoint, there is no config.json in it", "give its folder or a hub id")
+            what = "there is no config.json in it" if folder.is_dir() else "no such folder"
+            raise fault(model, what, "give the folder that holds a checkpoint's config.json, or a hub id")
         if revision:
             raise fault(model, "a folder has no revisions", "leave --revision out")
         return folder
@@ -114,10 +117,10 @@ def read_config(folder: Path) -> tuple[dict, dict]:
     settings are `rope_theta` beside `rope_scaling`, or both within `rope_parameters`. Values absent from the file are
     left out: the dataclasses hold Qwen2-VL's own defaults, which such files rely on. Source: Qwen2VLConfig in
     transformers' configuration_qwen2_vl.py. Raises ValueError if it describes another model."""
-    path, other = folder / "config.json", "give a Qwen2-VL checkpoint"
+    path = folder / "config.json"
     root = read_json(path)
     if root.get("model_type") != "qwen2_vl":
-        raise fault(path, f"model_type is {root.get('model_type')!r}, not 'qwen2_vl'", other)
+        raise fault(path, f"model_type is {root.get('model_type')!r}, not 'qwen2_vl'", "give a Qwen2-VL checkpoint")
     vision = _object(path, root, "vision_config")
     text = {**root, **_object(path, root, "text_config")}
     vision.setdefault("in_channels", vision.get("in_chans", 3))
@@ -129,7 +132,7 @@ def read_config(folder: Path) -> tuple[dict, dict]:
     for section, key, *accepted in FIXED:
         value = (vision if section == "vision" else text).get(key)
         if value not in (None, *accepted):
-            raise fault(path, f"{section} {key} is {value!r}, not {accepted[0]!r}", other)
+            raise fault(path, f"{section} {key} is {value!r}", f"only {accepted[0]!r} is implemented")
     return vision, text
 
 
@@ -273,7 +276,8 @@ def _stored(folder: Path) -> dict[str, Entry]:
         for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
             header = file.get_slice(name)
             if (kind := header.get_dtype()) not in STORED:
-                raise fault(path, f"{name} is of type {kind}", f"give a checkpoint in one of {', '.join(STORED)}")
+                remedy = f"give a checkpoint that is not quantised: {', '.join(STORED)}"
+                raise fault(path, f"{name} is of type {kind}", remedy)
             newer = next(filter(name.startswith, RENAMED), "")
             published = RENAMED.get(newer, "") + name.removeprefix(newer)
             if published in stored:
@@ -287,7 +291,8 @@ def _shards(folder: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise fault(folder, "neither model.safetensors nor an index of shards")
+        remedy = "fetch them; save older weights (.bin) anew with transformers' save_pretrained"
+        raise fault(folder, "neither model.safetensors nor model.safetensors.index.json", remedy)
     files = _object(index, read_json(index), "weight_map").values()
     outside = [file for file in files if not re.fullmatch(r"[^/\\\0]+\.safetensors", str(file))]
     if outside or not files:

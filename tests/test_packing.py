@@ -42,6 +42,18 @@ def dense_prompt(ours, picture):
     return ours.prompt(picture, None, QUESTION, min_pixels=784)  # one group is allowed
 
 
+@given(patch_masks(), st.integers(0, 99))
+def test_the_packed_patches_are_the_dense_ones(checkpoint, keep, seed):
+    """Eq. 7: those whose mask is True, group after group."""
+    ours, picture = checkpoint[2], image(14 * keep.shape[0], 14 * keep.shape[1], seed)
+    dense, wanted = dense_prompt(ours, picture).patches, []
+    for n in range(keep.numel()):
+        group, within = divmod(n, 4)
+        i, j = 2 * (group // (keep.shape[1] // 2)) + within // 2, 2 * (group % (keep.shape[1] // 2)) + within % 2
+        wanted += [n] if keep[i, j] else []
+    assert torch.equal(packed_patches(picture, keep, ours.vit.config, ours.image_config), dense[wanted])
+
+
 @given(group_masks(st.integers(2, 6)), st.integers(0, 99))
 def test_packed_vit_equals_dense_vit_with_dropped_keys_masked(checkpoint, keep, seed):
     _, theirs, ours = checkpoint

@@ -96,7 +96,34 @@ def test_what_is_no_question_is_refused(files, capsys, monkeypatch, text, words)
     monkeypatch.setattr(EPVLM, "from_pretrained", EPVLM.from_pretrained if text else lambda *_: pytest.fail("fetched"))
     assert main(["image.png", "events.npy", *SETTINGS]) == 2
     out, err = lines(capsys)
-    assert not out and err[-1].startswith("epvlm: error: ") and words in err[-1]
+    assert out == [] and err[-1].startswith("epvlm: error: ") and any(words in line for line in err)
+
+
+def test_after_a_question_that_is_none_the_next_one_is_answered(files, capsys, monkeypatch):
+    asking(monkeypatch, b"What is moving?\n\xff\nWhat is moving?\n")
+    assert main(["image.png", "events.npy", *SETTINGS]) == 2
+    out, err = lines(capsys)
+    assert len(out) == 2 and out[0] == out[1]
+    assert err[1].startswith("epvlm: question 2: question") and "1 of 3 questions" in err[2]
+
+
+@pytest.mark.parametrize("text", [b"\n", b" \n\n"])
+def test_empty_lines_are_no_questions(files, capsys, monkeypatch, text):
+    asking(monkeypatch, text)
+    assert main(["image.png", "events.npy", *SETTINGS]) == 2
+    assert "0 of 0 questions" in lines(capsys)[1][-1]
+
+
+def test_what_was_seen_of_another_image_is_refused(checkpoint):
+    model = checkpoint[2]
+    one, other = (model.prompt(Image.new("RGB", size, "red"), None, "") for size in ((112, 84), (112, 112)))
+    with pytest.raises(ValueError, match="another prompt's"):
+        model.tokens(one, seen=model.see(other))
+
+
+def test_the_question_may_follow_options(files, capsys):
+    assert main(["--sparsity", "0.3", "image.png", "events.npy", *SETTINGS, "What is moving?"]) == 0
+    assert len(lines(capsys)[0]) == 1
 
 
 def test_standard_input_that_is_closed(files, capsys, monkeypatch):
@@ -148,7 +175,13 @@ def test_both_answers_and_what_they_cost(files, capsys, monkeypatch):
 
 def test_a_comparison_needs_a_question(files, capsys):
     assert main(["image.png", "events.npy", *SETTINGS, "--compare"]) == 2
-    assert "--compare needs events and a question" in lines(capsys)[1][0]
+    assert "--compare: there is no question" in lines(capsys)[1][0]
+
+
+def test_events_are_checked_before_the_dense_image_is_answered(files, capsys):
+    assert main(["image.png", "events.npy", "?", *SETTINGS, "--compare", "--window", "5", "6"]) == 2
+    out, err = lines(capsys)
+    assert out == [] and len(err) == 1 and "no event from 5 to 6 us" in err[0]
 
 
 # The picture
@@ -164,18 +197,20 @@ def panels(whole: Image.Image, width: int, height: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("cell", ["group", "patch"])
 def test_the_picture_shows_the_image_the_events_and_what_is_kept(checkpoint, cell):
     model, image = checkpoint[2], Image.effect_noise((112, 84), 90).convert("RGB")
-    rows = np.array([(5, 5, 0, 1)] * 4 + [(60, 40, 1, 0)] * 4, dtype=[(name, int) for name in "xytp"])
+    rows = [(5, 5, 0, 1)] * 4 + [(60, 40, 1, 0)] * 4 + [(9, 70, 2, 1), (9, 70, 2, 0)]
+    rows = np.array(rows, dtype=[(name, int) for name in "xytp"])
     prompt = model.prompt(image, rows, "", cell=cell)
     left, middle, right = panels(model.picture(prompt, image, epvlm.read_events(rows)), 112, 84)
     assert np.array_equal(left, np.asarray(image))
     grey = np.asarray(image.convert("L").convert("RGB")).astype(int)
     changed = (middle != grey).any(axis=2)
-    assert {tuple(place) for place in np.argwhere(changed).tolist()} == {(5, 5), (40, 60)}
-    on, off = middle[5, 5], middle[40, 60]
-    assert on[0] > on[1] > on[2] and off[2] > off[1] > off[0]  # orange and blue
+    assert {tuple(place) for place in np.argwhere(changed).tolist()} == {(5, 5), (40, 60), (70, 9)}
+    on, off, both = middle[5, 5], middle[40, 60], middle[70, 9]
+    assert on.tolist() == [0xFF, 0x20, 0x10] and off.tolist() == [0x10, 0x60, 0xFF]  # red and blue, and between them
+    assert min(both[0], both[2]) > both[1] + 20
     kept = np.kron(prompt.keep_patches.numpy(), np.ones((14, 14), dtype=bool))
     assert np.array_equal(right[kept], left[kept])
-    assert abs(right[~kept] - (0.25 * left[~kept] + 0.75 * np.array([0x18, 0x1C, 0x40]))).max() <= 1
+    assert abs(right[~kept] - (0.25 * left[~kept] + 0.75 * np.array([0x10, 0x30, 0x28]))).max() <= 1
 
 
 @given(SPARSITIES, st.integers(0, 2**32 - 1), st.sampled_from([(56, 56), (28, 280), (280, 28), (300, 200)]))

@@ -32,10 +32,10 @@ def test_functions_cite_their_equation_and_tests_exist(number, places, path, nam
 
 def test_the_worked_example_is_true():
     example = doctest.DocTestParser().get_doctest(README, {}, "README", "README.md", 0)
-    assert len(example.examples) == 15
+    assert len(example.examples) == 16
     told = []
     failed, tried = doctest.DocTestRunner().run(example, out=told.append)
-    assert (failed, tried) == (0, 15), "".join(told)
+    assert (failed, tried) == (0, 16), "".join(told)
 
 
 def test_the_commands_name_files_that_exist():
