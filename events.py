@@ -133,8 +133,12 @@ def read_events(source, order: str | None = None, time_unit: str | None = None) 
         if data.ndim != 2 or data.dtype.kind not in "biuf":
             told = "give x, y, t, p as fields or N x 4, or a map H x W (of a stack of maps, np.abs(stack).sum(axis=0))"
             raise fault(name, f"shape {data.shape} of {data.dtype}", told)
-        if data.shape[1] != 4:
-            return _checked_map(name, data, order)
+        if data.shape[1] != 4:  # not events, so a map
+            if not 0 < data.size <= MOST or max(data.shape) > 20 * min(data.shape) or order is not None:
+                raise fault(name, f"shape {data.shape} is neither N x 4 events nor a map of an image", "reshape it")
+            if data.dtype.kind == "f" and not np.isfinite(data).all():
+                raise fault(name, "the event map holds NaN or infinity", "replace them")
+            return data
         data = dict(zip(order or _order(name, data), data.T, strict=True))
     events = Events(name, *(np.ravel(data[field]) for field in _fields(name, data)), time_unit or "us")
     _check_events(events)
@@ -177,14 +181,6 @@ def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
         elif "README" not in reason:
             reason += "; give a whole .npy or .npz of events"
         raise ValueError(f"{path}: cannot be read as events: {reason}") from None
-
-
-def _checked_map(name: str, E_v: np.ndarray, order: str | None) -> np.ndarray:
-    if not 0 < E_v.size <= MOST or max(E_v.shape) > 20 * min(E_v.shape) or order is not None:
-        raise fault(name, f"shape {E_v.shape} is neither N x 4 events nor a map of an image", "reshape it")
-    if E_v.dtype.kind == "f" and not np.isfinite(E_v).all():
-        raise fault(name, "the event map holds NaN or infinity", "replace them")
-    return E_v
 
 
 def _fields(name: str, data) -> list[str]:
@@ -282,14 +278,11 @@ def event_map(events: Events | np.ndarray, sensor, size, window, polarity: str =
         if min(width, height) < 1 or width * height > MOST:
             raise ValueError(f"a sensor of {width} x {height} pixels; give its real size")
         events.check_inside(height, width)  # all of them, also outside the window: is this the sensor's size?
-        if 2 * width * size[1] > 3 * height * size[0] or 3 * width * size[1] < 2 * height * size[0]:
-            told = (
-                f"{width} x {height} pixels of the event camera and {size[0]} x {size[1]} of the image differ in shape"
-            )
-            warnings.warn(f"{told}; they are taken to see the same field of view", stacklevel=3)
-        if not sensor and len(events) and 2 * events.extent[1] < width and 2 * events.extent[3] < height:
-            told = f"{events.name}: all events lie in the first quarter of the image's {width} x {height} pixels"
-            warnings.warn(f"{told}; if the event camera is smaller, say --sensor WxH", stacklevel=3)
+        small = len(events) and not sensor and 2 * events.extent[1] < width and 2 * events.extent[3] < height
+        if small or not 2 / 3 <= width * size[1] / (height * size[0]) <= 3 / 2:  # of its shape to the image's
+            told = f"events {'in a quarter' if small else 'of a sensor'} of {width} x {height} pixels"
+            told += f", an image of {size[0]} x {size[1]}; unless they show the same, correct --sensor"
+            warnings.warn(f"{events.name}: {told}", stacklevel=3)
         shown = events if window is None else events.within(*window)
         start, end = window if window is not None else shown.span() if len(shown) else (0, 0)
         E_v, empty = accumulate(shown, height, width, polarity), not len(events)
@@ -401,8 +394,9 @@ def camera(
     spread: standard deviation of C among pixels, for either polarity. noise: events per pixel and second that mean
     nothing. Example, C = 0.2, log intensity 0 to 0.5 in 100 us: events at 40 and 80 us. Raises ValueError for settings
     out of range, frames that differ in size or do not follow in time, and more than MOST events."""
-    for name, value, least, most in (("threshold", C, 1e-3, 10), ("spread", spread, 0, 10), ("noise", noise, 0, 1e6)):
-        _check_setting(name, value, least, most)
+    limits = (("threshold", C, 1e-3, 10), ("spread", spread, 0, 10), ("noise", noise, 0, 1e6), ("seed", seed, 0, 1e18))
+    for setting in limits:
+        _check_setting(*setting)
     rng, found, held = np.random.default_rng(seed), [], 0
     shown = ((time, log_intensity(frame)) for time, frame in frames)
     first = last = next(shown, (0, np.zeros((0, 0))))
@@ -564,13 +558,10 @@ def exit_status(program: str, work: Callable[[], None]) -> int:
 def run(args: argparse.Namespace) -> None:
     """The command line's work: images in, a recording out."""
     check_output(args.output, ".npy", args.images)
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: give 0 or more")
     single = len(args.images) == 1
     if (args.fps if single else args.radius) is not None:
-        raise ValueError(
-            f"{'--fps is for several images' if single else '--radius is for a single image'}; leave it out"
-        )
+        misplaced = "--fps is for several images" if single else "--radius is for a single image"
+        raise ValueError(f"{misplaced}; leave it out")
     with warnings.catch_warnings(action="ignore"):  # Pillow's, of large images
         frames = movie(args.images, 30.0 if args.fps is None else args.fps)
         if single:

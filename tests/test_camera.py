@@ -271,7 +271,7 @@ def test_an_upright_recording_of_a_photograph_on_its_side(folder, capsys):
         (("0.png", "--threshold", "0"), "threshold 0"),
         (("0.png", "--threshold", "1e-30"), "--threshold 1e-30: give 0.001 to 10"),
         (("0.png", "--noise", "1e30"), "--noise 1e+30: give 0 to 1e+06"),
-        (("0.png", "--seed", "-1"), "--seed -1: give 0 or more"),
+        (("0.png", "--seed", "-1"), "--seed -1: give 0 to"),
         (("0.png", "--fps", "30"), "--fps is for several images; leave it out"),
         (("0.png", "1.png", "--radius", "1"), "--radius is for a single image; leave it out"),
         (("moves.gif",), "moves.gif: holds 2 images"),

@@ -110,6 +110,11 @@ def test_uncertain_columns_ask_for_the_order(why, bare):
     assert columns(read_events(np.array(bare), order="xytp", time_unit="us"))[2] == [row[2] for row in bare]
 
 
+def test_without_polarities_the_order_is_no_help():
+    with pytest.raises(ValueError, match="no column holds polarities alone; store them as 0 and 1"):
+        read_events(np.array([[1, 9, 100, 1], [2, 7, 200, 2], [3, 1, 300, 1]]))
+
+
 @pytest.mark.parametrize("order", ["xyt", "xytt", "tpqy", ""])
 def test_an_order_is_the_four_letters(order):
     with pytest.raises(ValueError, match="once each"):
@@ -354,6 +359,23 @@ def test_a_time_unit_that_is_none():
         read_events(np.zeros(2, XYTP), time_unit="min")
 
 
+def test_columns_in_a_folder(tmp_path):
+    np.savez(tmp_path / "e.npz", **{f"events/{name}": ROWS[name] for name in "xytp"}, ms_to_idx=np.arange(9))
+    assert columns(read_events(tmp_path / "e.npz")) == EXPECTED
+
+
+@pytest.mark.parametrize("name, content", [("e.h5", b"\x89HDF\r\n\x1a\n"), ("e.csv", b"t,x,y,p\n1,2,3,1\n")])
+def test_other_formats_are_told_where_they_are_converted(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=r"README\.md tells how to convert text, CSV and HDF5$"):
+        read_events(tmp_path / name)
+
+
+def test_a_stack_of_maps_is_told_how_to_become_one():
+    with pytest.raises(ValueError, match=r"np\.abs\(stack\)\.sum\(axis=0\)"):
+        read_events(np.zeros((5, 30, 40)))
+
+
 def test_columns_of_n_x_1_and_every_alias(tmp_path):
     column = np.arange(3)[:, None]
     for names in (("xs", "ys", "timestamps", "ps"), ("x", "y", "time", "polarities"), ("x_pos", "y_pos", "ts", "pol")):
@@ -420,6 +442,23 @@ def test_events_outside_the_sensor_count_outside_the_window_too():
     rows = np.array([(0, 0, 0, 0), (99, 0, 50, 0)], dtype=XYTP)
     with pytest.raises(ValueError, match="--sensor"):
         event_map(read_events(rows), (9, 9), None, (0, 10))
+
+
+def test_exchanged_coordinates_are_told_apart_from_a_wrong_size():
+    rows = np.array([(9, 20, 0, 0), (3, 39, 50, 0)], dtype=XYTP)
+    with pytest.raises(ValueError, match="--sensor WxH, or exchange x and y"):
+        event_map(read_events(rows), None, (40, 30), None)
+    with pytest.raises(ValueError, match=r"--sensor WxH$"):
+        event_map(read_events(rows), None, (20, 30), None)
+
+
+@pytest.mark.parametrize("sensor, warned", [((40, 30), 0), ((42, 30), 0), ((60, 45), 0), ((30, 40), 1), ((80, 20), 1)])
+def test_another_shape_than_the_image_s_warns(sensor, warned):
+    rows = read_events(np.array([(29, 19, 0, 0)], dtype=XYTP))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        event_map(rows, sensor, (40, 30), None)
+    assert len(caught) == warned and all("correct --sensor" in str(warning.message) for warning in caught)
 
 
 def test_small_dtypes_of_a_map_do_not_overflow():

@@ -220,7 +220,18 @@ def test_any_map_can_be_drawn(checkpoint, sparsity, seed, size):
     with warnings.catch_warnings(action="ignore"):
         prompt = model.prompt(image, E_v, "", sparsity, min_pixels=784)
     whole = model.picture(prompt, image, E_v)
+    assert np.array_equal(np.asarray(panels(whole, *image.size)[0]), np.asarray(image)) or any(
+        side % 28 for side in size
+    )
     assert whole.mode == "RGB" and min(whole.size) > 56
+
+
+def test_a_picture_of_files_is_that_of_what_they_hold(files):
+    model = EPVLM.from_pretrained("model")
+    prompt = model.prompt("image.png", "events.npy", "")
+    drawn = (model.picture(prompt, *given) for given in (("image.png", "events.npy"),
+             (Image.open("image.png"), np.load("events.npy"))))  # fmt: skip
+    assert np.array_equal(*map(np.asarray, drawn))
 
 
 def test_the_picture_is_written_whole_and_for_a_dense_image_too(files, capsys):

@@ -317,6 +317,18 @@ def test_a_name_that_is_no_folder_and_no_hub_id(tmp_path):
         fetch(tmp_path / "empty")
 
 
+def test_an_adapter_beside_its_model_is_not_passed_over(copied):
+    (copied / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter; merge it"):
+        fetch(copied)
+
+
+def test_a_folder_of_pickled_weights_is_told_what_to_do(copied):
+    (copied / "model.safetensors").rename(copied / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="save older weights"):
+        EPVLM.from_pretrained(copied)
+
+
 def test_a_folder_has_no_revisions(copied):
     with pytest.raises(ValueError, match="leave --revision out"):
         fetch(copied, "main")
