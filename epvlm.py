@@ -157,8 +157,8 @@ class EPVLM:
         keep_patches, source, S = torch.ones(height // patch, width // patch, dtype=torch.bool), "no events", None
         if events is not None:
             E_v, source = event_map(read_events(events, order, time_unit), sensor, image.size, window, polarity)
-            S = motion(resize(E_v, height, width), group if cell == "group" else patch)  # Eq. 5
-            M = torch.from_numpy(RULES[ties](S, tau=1 - sparsity))  # Eq. 6, (cells_h, cells_w)
+            S = motion(resize(E_v, height, width), group if cell == "group" else patch)  # Eq. 5, (cells_h, cells_w)
+            M = torch.from_numpy(RULES[ties](S, tau=1 - sparsity))  # Eq. 6, likewise
             keep_patches = M.repeat_interleave(merge, 0).repeat_interleave(merge, 1) if cell == "group" else M
         keep = keep_patches.unflatten(1, (-1, merge)).unflatten(0, (-1, merge)).any(dim=3).any(dim=1)  # groups_h, _w
         input_ids = torch.tensor(before + [self.special["image_pad"]] * int(keep.sum()) + after)

@@ -16,18 +16,19 @@ Columns
     ms               processor time of one question alone, one thread: mask, packing, transformer, first token; median
 """
 
-import math
 import os
 import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # while the libraries load
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # while the libraries load
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch
@@ -87,13 +88,20 @@ def noisy(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Promp
 
 
 def recomputed(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
-    """The groups that events keep, but numbered as if they were the image's first: Eq. 8 broken."""
+    """The groups that events keep, but numbered as if they were the image's first, in the transformer of Eq. 9 and in
+    the decoder."""
     prompt = events(model, sample, sparsity, question)
     kept = int(prompt.keep.sum())
     first = torch.arange(prompt.keep.numel()).view(prompt.keep.shape) < kept
     positions = mrope_positions(prompt.image_start, first, len(prompt.input_ids) - prompt.image_start - kept)
     patches = first.repeat_interleave(2, 0).repeat_interleave(2, 1)
     return replace(prompt, keep=first, keep_patches=patches, position_ids=positions)
+
+
+def without_eq8(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
+    """The same in the transformer of Eq. 9 alone; in the decoder each group stands where it does in the image."""
+    moved = recomputed(model, sample, sparsity, question)
+    return replace(events(model, sample, sparsity, question), keep_patches=moved.keep_patches)
 
 
 def random(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
@@ -131,6 +139,7 @@ SELECTORS: dict[str, Callable] = {
     "events, noisy camera": noisy,
     "events, literal Eq. 6": literal,
     "events, 14 px cells": cells,
+    "events, without Eq. 8": without_eq8,
     "events, positions recomputed": recomputed,
     "image gradient": gradient,
     "evenly spread": spread,

@@ -19,21 +19,22 @@ events.py and a small saccade. Every answer is at once a line of the file that -
 after an interruption at any moment. Seconds are those of mask, prompt and answer; making the events is not in them.
 """
 
-import argparse
-import json
 import os
-import shutil
 import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # while the libraries load
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import argparse
+import json
+import shutil
 import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # while the libraries load
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import numpy as np
 import torch

@@ -10,16 +10,17 @@ from the start, which colour belongs to which shape is not learned in thousands 
 an image is read once, and each of its questions sees it but no other question.
 """
 
-import json
 import os
 import signal
 import sys
-import time
-from collections import Counter, defaultdict, deque
-from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # while the libraries load
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import json
+import time
+from collections import Counter, defaultdict, deque
+from pathlib import Path
 
 import numpy as np
 import torch

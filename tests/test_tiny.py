@@ -207,6 +207,9 @@ def test_recomputed_positions_are_the_same_patches_elsewhere(model):
     image = slice(ours.image_start, ours.image_start + count)
     assert not torch.equal(ours.position_ids[:, image], moved.position_ids[:, image])
     assert torch.equal(ours.position_ids[:, image.stop :], moved.position_ids[:, image.stop :])
+    without = SELECTORS["events, without Eq. 8"](model, made, 0.5, "")
+    assert torch.equal(without.keep_patches, moved.keep_patches) and torch.equal(without.patches, ours.patches)
+    assert torch.equal(without.position_ids, ours.position_ids) and torch.equal(without.keep, ours.keep)
 
 
 @pytest.mark.parametrize(
