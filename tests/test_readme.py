@@ -38,6 +38,16 @@ def test_the_worked_example_is_true():
     assert (failed, tried) == (0, 16), "".join(told)
 
 
+def test_the_lines_of_python_run_and_print_what_they_say(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    lines = re.search(r"```python\n(from epvlm .*?)```", README, re.DOTALL)[1]
+    exec(lines, {})
+    out = capsys.readouterr().out
+    assert re.search(r"^print\(prompt\)  # (.*)$", lines, re.MULTILINE)[1] in out
+    assert out.startswith("red\n") and "yellow\n" in out and (tmp_path / "picture.png").is_file()
+
+
 def test_the_commands_name_files_that_exist():
     named = set(re.findall(r"python ((?:examples/|tests/)?\w+\.py)", README))
     assert {"epvlm.py", "events.py", "examples/evidence.py", "examples/table1.py"} <= named

@@ -44,6 +44,8 @@ def test_eq2_equals_the_half_split_form_up_to_permutation_and_frequencies(groups
     turned = rotate(x, *cos_sin(rope_2d(grid_h, grid_w, d), torch.float64))
     frequencies = 10000.0 ** (-4 * torch.arange(d // 4, dtype=torch.float64) / d)  # the weights' schedule
     assert sorted(pairing(d).tolist()) == list(range(d))
+    printed = 10000.0 ** (-2 * torch.arange(1, d // 4 + 1, dtype=torch.float64) / d)  # Eq. 2's own, m from 1
+    torch.testing.assert_close(rotation_matrix(3, 5, d), rotation_matrix(3, 5, d, printed))
     for n in {0, grid_h * grid_w - 1, seed % (grid_h * grid_w)}:
         i, j = coordinates(grid_h, grid_w)[n].tolist()
         expected = rotation_matrix(i, j, d, frequencies) @ x[n, 0, pairing(d)]
