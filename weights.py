@@ -16,7 +16,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple, get_args, get_origin
@@ -25,7 +25,7 @@ import torch
 from huggingface_hub import errors, snapshot_download
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.utils import disable_progress_bars
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -81,23 +81,23 @@ def fetch(model: str | Path, revision: str | None = None) -> Path:
     raise fault(model, *told)
 
 
-def check_file(path: Path, most: int) -> None:
-    """Raises ValueError unless a file that exists is a plain one of `most` bytes at most."""
-    if path.exists() and not (path.is_file() and path.stat().st_size <= most):
-        raise ValueError(f"not a file of at most {most >> 20} MiB")
+def read_file(path: Path, read: Callable, what: str, most: int):
+    """What `read` makes of a plain file of `most` bytes at most. Raises ValueError naming one that is not `what`."""
+    try:
+        if path.stat().st_size > most or not path.is_file():
+            raise ValueError(f"not a file of at most {most >> 20} MiB")
+        return read(path)
+    except FileNotFoundError:
+        raise fault(path, "no such file", "the checkpoint is not complete, fetch it again or copy it there") from None
+    except Exception as error:  # the tokenizers package raises nothing narrower
+        raise fault(path, f"not {what} ({error})") from None
 
 
 def read_json(path: Path, required: bool = True) -> dict:
     """A JSON object from a file; {} where an optional file is missing. Raises ValueError naming the file."""
     if not required and not path.is_file():
         return {}
-    try:
-        check_file(path, 2**26)
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise fault(path, "no such file", "the checkpoint is not complete, fetch it again") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise fault(path, f"not readable as JSON ({error})") from None
+    content = read_file(path, lambda path: json.loads(path.read_text(encoding="utf-8")), "readable as JSON", 2**26)
     if not isinstance(content, dict):
         raise fault(path, f"holds a {type(content).__name__}, not an object")
     return content
@@ -196,13 +196,7 @@ def read_tokenizer(folder: Path, vocab_size: int, special: Iterable[str]) -> Tok
     """tokenizer.json, without the truncation and padding some files ask for. Raises ValueError if it is broken, lacks
     one of the `special` tokens, or has more tokens than the model."""
     path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise fault(path, "no such file", "the checkpoint is not complete, fetch it again or copy it there")
-    try:
-        check_file(path, 2**28)
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers package raises nothing narrower
-        raise fault(path, f"not a tokenizer ({error})", "fetch it again") from None
+    tokenizer = read_file(path, lambda path: Tokenizer.from_file(str(path)), "a tokenizer", 2**28)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     faults = [f"it has no {text}" for text in special if tokenizer.token_to_id(text) is None]
@@ -301,13 +295,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _open(path: Path):
-    try:
-        check_file(path, 2**40)
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise fault(path, "no such file", "the checkpoint is not complete, fetch it again") from None
-    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError) as error:
-        raise fault(path, f"not a safetensors file ({error})", "fetch it again") from None
+    return read_file(path, lambda path: safe_open(path, framework="pt"), "a safetensors file", 2**40)
 
 
 def _check(folder: Path, stored: dict[str, Entry], shapes: dict[str, tuple], tied: bool) -> None:
