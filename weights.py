@@ -40,6 +40,11 @@ FIXED = (  # settings that other models have otherwise: section, key, what Qwen2
     ("text", "use_sliding_window", False),
     ("vision", "hidden_act", "quick_gelu"),
 )
+FITS = {  # what a setting of a type may be; in JSON True is no number
+    bool: lambda value: type(value) is bool,
+    int: lambda value: type(value) is int and 0 < value < 2**31,
+    float: lambda value: type(value) in (int, float) and 0 <= value < math.inf,
+}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -153,31 +158,21 @@ def read_image_config(folder: Path, config_class: type):
 def fill(config_class: type, section: dict, path: Path):
     """A frozen config dataclass from a section of a JSON file: unknown keys are left, absent ones take the default.
 
-    Raises ValueError, naming file and key, for a value of the wrong type or out of range: below 0, and for whole
-    numbers 0 itself."""
+    Raises ValueError, naming file and key, for a value that does not pass FITS."""
     values = {}
     for field in fields(config_class):
         value, several = section.get(field.name), get_origin(field.type) is tuple
         if value is None:
             continue
         kind = get_args(field.type)[0] if several else field.type
-        items = value if several and isinstance(value, list) else [value]
-        if not all(_fits(item, kind) for item in items) or several != isinstance(value, list):
+        if isinstance(value, list) != several or not all(map(FITS[kind], value if several else [value])):
             what = f"{'a list of ' if several else 'a '}positive {kind.__name__}"
             raise fault(path, f"{field.name} is {value!r}, not {what}")
-        values[field.name] = tuple(map(kind, items)) if several else kind(value)
+        values[field.name] = tuple(map(kind, value)) if several else kind(value)
     try:
         return config_class(**values)
     except ValueError as error:
         raise fault(path, error) from None
-
-
-def _fits(value, kind: type) -> bool:
-    if kind is bool or isinstance(value, bool):
-        return kind is bool and isinstance(value, bool)
-    if kind is float:
-        return isinstance(value, int | float) and 0 <= value < math.inf
-    return isinstance(value, kind) and 0 < value < 2**31
 
 
 def read_ends(folder: Path) -> set[int]:
