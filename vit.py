@@ -109,14 +109,11 @@ def packed_patches(image: Image.Image, keep: Tensor, config: VisionConfig, image
     height, width = (side * config.patch_size for side in keep.shape)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     X_v = torch.from_numpy(np.array(image))  # (H, W, 3) uint8
-    patches = pack(patchify(X_v, config.patch_size, config.spatial_merge_size), _rows(keep, config))  # Eq. 7
+    patches = patchify(X_v, config.patch_size, config.spatial_merge_size)
+    patches = pack(patches, group_order(keep, config.spatial_merge_size))  # Eq. 7
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (image_config.image_mean, image_config.image_std))
     patches = (patches / 255.0 - mean) / std  # (N', 3, p, p)
     return patches.unsqueeze(2).expand(-1, -1, config.temporal_patch_size, -1, -1).flatten(1)
-
-
-def _rows(keep: Tensor, config: VisionConfig) -> Tensor:
-    return group_order(keep, config.spatial_merge_size)  # (N,) bool, in the order of the patches
 
 
 class PatchEmbed(nn.Module):
@@ -225,8 +222,9 @@ class VisionTransformer(nn.Module):
 
     def forward(self, patches: Tensor, keep: Tensor) -> Tensor:
         """patches (B, N', 1176) in the weights' dtype; keep (grid_h, grid_w) bool. Returns (B, tokens, hidden_size)."""
-        config, rows = self.config, _rows(keep, self.config).cpu()
-        R_2D = rope_2d(*keep.shape, config.embed_dim // config.num_heads, config.rope_theta, config.spatial_merge_size)
+        config, merge = self.config, self.config.spatial_merge_size
+        rows = group_order(keep, merge).cpu()  # (N,) bool, in the order of the patches
+        R_2D = rope_2d(*keep.shape, config.embed_dim // config.num_heads, config.rope_theta, merge)
         cos, sin = cos_sin(pack(R_2D, rows).to(patches.device))  # Eq. 8: computed on the dense grid, then packed
         z = self.patch_embed(patches)
         for block in self.blocks:
