@@ -44,15 +44,12 @@ class DecoderConfig:
     def __post_init__(self):
         if self.num_hidden_layers > 999:
             raise ValueError(f"num_hidden_layers {self.num_hidden_layers} is over 999")
-        heads, groups = self.num_attention_heads, self.num_key_value_heads
-        if self.hidden_size % heads or heads % groups:
-            raise ValueError(
-                f"hidden_size {self.hidden_size}, {heads} heads and {groups} key-value heads do not divide"
-            )
-        if len(self.mrope_section) != 3 or 2 * sum(self.mrope_section) != self.head_dim:
-            raise ValueError(
-                f"mrope_section {self.mrope_section} must be three numbers, half of head_dim {self.head_dim}"
-            )
+        width, heads, groups = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        if width % heads or heads % groups:
+            raise ValueError(f"hidden_size {width}, {heads} heads and {groups} key-value heads do not divide")
+        section = self.mrope_section
+        if len(section) != 3 or 2 * sum(section) != self.head_dim:
+            raise ValueError(f"mrope_section {section} must be three numbers, half of head_dim {self.head_dim}")
 
     @property
     def head_dim(self) -> int:
