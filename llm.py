@@ -81,32 +81,25 @@ def mrope_angles(positions: Tensor, config: DecoderConfig) -> Tensor:
 
 
 class KVCache:
-    """Room for the keys and values of `length` tokens, allocated once: (layers, 1, kv_heads, length, head_dim).
+    """Room for the keys and values of `length` tokens, allocated once: (2, layers, 1, kv_heads, length, head_dim).
 
     It may begin with those that another cache, `seen`, holds; they are copied."""
 
     def __init__(self, config: DecoderConfig, length: int, like: Tensor, seen: "KVCache | None" = None):
-        shape = config.num_hidden_layers, 1, config.num_key_value_heads, length, config.head_dim
-        self.keys, self.values = like.new_empty(shape), like.new_empty(shape)
-        self.filled = seen.filled if seen else 0
+        shape = 2, config.num_hidden_layers, 1, config.num_key_value_heads, length, config.head_dim
+        self.held, self.filled = like.new_empty(shape), seen.filled if seen else 0
         if seen:
-            self.keys[..., : seen.filled, :] = seen.keys[..., : seen.filled, :]
-            self.values[..., : seen.filled, :] = seen.values[..., : seen.filled, :]
+            self.held[..., : seen.filled, :] = seen.held[..., : seen.filled, :]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k, v (1, kv_heads, new, head_dim) after the tokens held, and returns all of the layer's."""
         end = self.filled + k.shape[2]
-        self.keys[layer, :, :, self.filled : end] = k
-        self.values[layer, :, :, self.filled : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        self.held[0, layer, :, :, self.filled : end] = k
+        self.held[1, layer, :, :, self.filled : end] = v
+        return self.held[0, layer, :, :, :end], self.held[1, layer, :, :, :end]
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:  # normalised in float32, cast back, then times the weight
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
 

@@ -49,7 +49,7 @@ def test_a_question_after_the_image_was_seen_is_as_good_as_one_with_it(checkpoin
     E_v = np.random.default_rng(0).integers(0, 3, (84, 112))
     first = model.prompt(image, E_v, "another question", sparsity)
     seen = model.see(first)
-    held = seen.keys.clone()
+    held = seen.held.clone()
     for question in questions:
         prompt, whole = model.with_question(first, question), model.prompt(image, E_v, question, sparsity)
         assert torch.equal(prompt.input_ids, whole.input_ids)
@@ -57,7 +57,7 @@ def test_a_question_after_the_image_was_seen_is_as_good_as_one_with_it(checkpoin
         alone, after = (first_scores(model, prompt, cache) for cache in (None, seen))
         assert (alone - after).abs().max() <= 1e-4 * alone.abs().max()
         assert list(model.tokens(prompt, 4, seen=seen)) == list(model.tokens(whole, 4))
-    assert torch.equal(seen.keys, held) and seen.filled == first.image_end  # no answer writes to it
+    assert torch.equal(seen.held, held) and seen.filled == first.image_end  # no answer writes to it
 
 
 def test_the_image_is_seen_once_and_the_text_after_it_alone_is_read(checkpoint):
