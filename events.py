@@ -359,13 +359,11 @@ def read_image(image: str | Path | Image.Image) -> Image.Image:
         if not isinstance(image, Image.Image) and Path(image).exists() and not Path(image).is_file():
             raise ValueError("not a file")
         image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
-        if image.mode.startswith("I"):  # 16 bits of grey; some formats open as 32
+        if image.mode[0] in "IF":  # 16 bits of grey; some formats open as 32
             grey = np.asarray(image)
-            if image.mode == "I" and not (grey.min() >= 0 and 255 < grey.max() <= 65535):
+            if image.mode == "F" or (image.mode == "I" and not (grey.min() >= 0 and 255 < grey.max() <= 65535)):
                 raise ValueError("grey of unknown range")
             image = Image.fromarray((grey // 257).astype(np.uint8))
-        if image.mode == "F":
-            raise ValueError("grey of unknown range")
         if image.mode.endswith(("A", "a")) or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -517,9 +515,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 def save_events(events: Events, path: Path) -> None:
     """A structured .npy with fields x, y, t, p."""
-    rows = np.empty(len(events), [("x", "<i4"), ("y", "<i4"), ("t", "<i8"), ("p", "u1")])
-    for column in rows.dtype.names:
-        rows[column] = getattr(events, column)
+    kinds = [("x", "<i4"), ("y", "<i4"), ("t", "<i8"), ("p", "u1")]
+    rows = np.rec.fromarrays((events.x, events.y, events.t, events.p), dtype=kinds)
     write_whole(path, lambda file: np.save(file, rows))
 
 
