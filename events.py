@@ -155,9 +155,7 @@ def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
             raise ValueError("not a file")
         with path.open("rb") as file:
             magic = file.read(6)
-        if magic[:1] == b"\x80":
-            raise ValueError("Object that is pickled")
-        if magic[:6] != b"\x93NUMPY" and magic[:2] != b"PK":
+        if not magic.startswith((b"\x93NUMPY", b"PK", b"\x80")):  # the last a pickle, which np.load refuses
             raise ValueError("neither .npy nor .npz; README.md tells how to convert text, CSV and HDF5")
         data = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(data, np.ndarray):
