@@ -177,23 +177,22 @@ class EPVLM:
         of the answer exceed the model's context or the free memory."""
         limit, free = self.llm.config.max_position_embeddings, weights.free_memory(self._weight.device)
 
-        def fits(kept: int, groups: int, answer: int) -> bool:
-            return kept + text + answer <= limit and self._memory(kept, groups, text, answer) <= free
+        def exceeded(kept: int, groups: int, answer: int) -> list[str]:
+            tokens, memory = kept + text + answer, self._memory(kept, groups, text, answer)
+            over = {f"the model's {limit}": tokens > limit, f"{free / 2**30:.2g} GiB of free memory": memory > free}
+            return [name for name in over if over[name]]
 
-        if fits(kept, groups, answer):
+        if not (within := exceeded(kept, groups, answer)):
             return
-        within = [f"the model's {limit}"] if kept + text + answer > limit else []
-        if self._memory(kept, groups, text, answer) > free:
-            within.append(f"{free / 2**30:.2g} GiB of free memory")
         needs = f"{kept + text + answer} tokens ({kept} of the image, {text} of text, {answer} of the answer)"
         remedy = "shorten the question" if text > answer else "lower --max-new-tokens"
         if text + answer <= kept:
             usual = max(128, answer)
-            smaller = bisect.bisect(range(1, groups), False, key=lambda n: not fits(n, n, usual))
-            some = [fits(budget(groups, 1 - hundredth / 100), groups, usual) for hundredth in range(100)]
-            higher = some.index(True) if any(some) else 100  # hundredths to drop
+            smaller = bisect.bisect(range(1, groups), False, key=lambda n: bool(exceeded(n, n, usual)))
             remedy = f"give --max-pixels {max(1, smaller) * self.vit.config.group_size**2} or less"
-            remedy += f", or with events in 28-pixel cells --sparsity 0.{higher:02} or more" if 0 < higher < 100 else ""
+            higher = (n for n in range(100) if not exceeded(budget(groups, 1 - n / 100), groups, usual))
+            if hundredths := next(higher, 0):  # to drop
+                remedy += f", or with events in 28-pixel cells --sparsity 0.{hundredths:02} or more"
         raise ValueError(f"{needs} exceed {' and '.join(within)}; {remedy}")
 
     def _memory(self, kept: int, groups: int, text: int, answer: int) -> int:
