@@ -377,22 +377,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=weights.DTYPES, help="default: the checkpoint's own")
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser("epvlm", description="Answers questions about an image from what moves.", allow_abbrev=False)
-    add = parser.add_argument
-    add("image", help="image file")
-    add("events", help="recording or event map, .npy or .npz; the word none for the dense image")
-    add("question", nargs="?", help="what to ask; left out, questions are read one a line from standard input")
-    add("--sparsity", type=float, default=0.5, help="fraction of cells dropped, in [0, 1) (default: %(default)s)")
-    add_options(parser)
-    add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
-    add("--top-p", type=float, default=1.0, help="probability to draw from (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
-    add("--compare", action="store_true", help="answer from the dense image first, and tell what dropping saves")
-    add("--picture", type=Path, metavar="OUT.png", help="draw the image, its events, and what is kept")
-    return parser.parse_intermixed_args(argv)  # the question may follow options
-
-
 def run(args: argparse.Namespace) -> None:
     """The command line's work. The small inputs are read first: a mistake there should not wait for a download."""
     options = {name: getattr(args, name) for name in PROMPT_OPTIONS}
@@ -513,8 +497,20 @@ def show_progress(model: EPVLM) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status, as `exit_status` has it."""
-    return exit_status("epvlm", lambda: run(parse(argv)))
+    """Answers questions about an image; returns the exit status."""
+    parser = Parser("epvlm", description="Answers questions about an image from what moves.", allow_abbrev=False)
+    add = parser.add_argument
+    add("image", help="image file")
+    add("events", help="recording or event map, .npy or .npz; the word none for the dense image")
+    add("question", nargs="?", help="what to ask; left out, questions are read one a line from standard input")
+    add("--sparsity", type=float, default=0.5, help="fraction of cells dropped, in [0, 1) (default: %(default)s)")
+    add_options(parser)
+    add("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    add("--top-p", type=float, default=1.0, help="probability to draw from (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
+    add("--compare", action="store_true", help="answer from the dense image first, and tell what dropping saves")
+    add("--picture", type=Path, metavar="OUT.png", help="draw the image, its events, and what is kept")
+    return exit_status("epvlm", lambda: run(parser.parse_intermixed_args(argv)))  # the question may follow options
 
 
 if __name__ == "__main__":
