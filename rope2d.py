@@ -77,12 +77,9 @@ def rotation_matrix(i: int, j: int, head_dim: int, frequencies: Tensor | None = 
     frequencies (d/4,), the paper's theta_m = 10000^(-2m/d), m = 1 ... d/4, unless given. Returns (d, d) float64."""
     if frequencies is None:
         frequencies = 10000.0 ** (-2 * torch.arange(1, head_dim // 4 + 1, dtype=torch.float64) / head_dim)
-    blocks = []
-    for theta_m in frequencies.double():
-        for position in (i, j):
-            cos, sin = torch.cos(position * theta_m), torch.sin(position * theta_m)
-            blocks.append(torch.stack((torch.stack((cos, -sin)), torch.stack((sin, cos)))))
-    return torch.block_diag(*blocks)  # Eq. 2
+    angles = torch.outer(frequencies.double(), torch.tensor([i, j], dtype=torch.float64)).flatten()  # i, j, i, j, ...
+    cos, sin = angles.cos(), angles.sin()
+    return torch.block_diag(*torch.stack((cos, -sin, sin, cos), dim=1).view(-1, 2, 2))  # Eq. 2
 
 
 def pairing(head_dim: int) -> Tensor:
