@@ -81,9 +81,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     if not 0 < max(height, width) <= 200 * min(height, width):
         raise ValueError(f"an image of {width} x {height} pixels has sides over 200 : 1; crop it")
     if not 0 < min_pixels <= max_pixels:
-        raise ValueError(
-            f"--min-pixels {min_pixels} must be positive and not above --max-pixels {max_pixels}; change one"
-        )
+        raise ValueError(f"--min-pixels {min_pixels} must be positive, at most --max-pixels {max_pixels}; change one")
     h, w = (round(side / factor) * factor for side in (height, width))
     if h * w > max_pixels:
         beta = math.sqrt(height * width / max_pixels)
@@ -96,8 +94,7 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
 
 def patchify(pixels: Tensor, patch_size: int = 14, merge: int = 2) -> Tensor:
     """Patches(X_v) of Eq. 1: pixels (H, W, 3) to (N, 3, p, p), same dtype, group after group."""
-    p = patch_size
-    grid = pixels.unflatten(1, (-1, p)).unflatten(0, (-1, p))  # (grid_h, p, grid_w, p, 3)
+    grid = pixels.unflatten(1, (-1, patch_size)).unflatten(0, (-1, patch_size))  # (grid_h, p, grid_w, p, 3)
     return group_order(grid.permute(0, 2, 4, 1, 3), merge)
 
 
