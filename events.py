@@ -455,9 +455,7 @@ def saccade(image: np.ndarray, radius: float = 2.0, duration: float = 100_000) -
     padded = np.pad(luma, margin, mode="edge")
     corners = radius * np.exp(2j * np.pi * np.arange(4) / 3 + 0.5j * np.pi)
     steps = 3 * max(1, math.ceil(2 * 3**0.5 * radius))
-    for step in range(steps + 1):
-        side, part = divmod(3 * step / steps, 1)
-        place = corners[int(side)] + (part * (corners[int(side) + 1] - corners[int(side)]) if part else 0)
+    for step, place in enumerate(np.interp(np.linspace(0, 3, steps + 1), np.arange(4), corners)):
         (row, down), (column, right) = (divmod(margin - shift, 1) for shift in (place.imag, place.real))
         rows = slice(int(row), int(row) + len(luma) + 1), slice(int(column), int(column) + luma.shape[1] + 1)
         shown = padded[rows]
