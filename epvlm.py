@@ -387,10 +387,9 @@ def run(args: argparse.Namespace) -> None:
         sampler(args.temperature, args.top_p)
         if args.picture:
             check_output(args.picture, ".png", (args.image, args.events))
-        if args.compare and (args.question is None or args.events == "none"):
-            raise ValueError(
-                f"--compare: there {'is no question' if args.question is None else 'are no events'}; give both"
-            )
+        missing = "is no question" if args.question is None else "are no events" if args.events == "none" else ""
+        if args.compare and missing:
+            raise ValueError(f"--compare: there {missing}; give both")
         if args.question is None and not (sys.stdin and (sys.stdin.isatty() or sys.stdin.buffer.peek())):
             raise ValueError("no question; give one after the events, or one a line on standard input")
         image = read_image(args.image)
