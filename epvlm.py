@@ -72,6 +72,7 @@ CHOICES = {"cell": ("group", "patch"), "ties": tuple(RULES), "polarity": ("count
 PROMPT_OPTIONS = ("cell", "ties", "polarity", "sensor", "window", "min_pixels", "max_pixels")
 ON, OFF, DROPPED = "#ff2010", "#1060ff", "#103028"  # colours of a picture; both polarities at once are purple
 DENSE_BYTES = 24  # that a pixel of the dense image takes while patches are chosen
+NO_QUESTION = "no question; give one after the events, or one a line on standard input"
 SPECIAL = {name: f"<|{name}|>" for name in ("im_start", "im_end", "vision_start", "vision_end", "image_pad")}
 
 
@@ -179,7 +180,7 @@ class EPVLM:
 
         def exceeded(kept: int, groups: int, answer: int) -> list[str]:
             tokens, memory = kept + text + answer, self._memory(kept, groups, text, answer)
-            over = {f"the model's {limit}": tokens > limit, f"{free / 2**30:.2g} GiB of free memory": memory > free}
+            over = {f"the model's {limit}": tokens > limit, f"{free / 2**30:.3g} GiB of free memory": memory > free}
             return [name for name in over if over[name]]
 
         if not (within := exceeded(kept, groups, answer)):
@@ -192,7 +193,7 @@ class EPVLM:
             remedy = f"give --max-pixels {max(1, smaller) * self.vit.config.group_size**2} or less"
             higher = (n for n in range(100) if not exceeded(budget(groups, 1 - n / 100), groups, usual))
             if hundredths := next(higher, 0):  # to drop
-                remedy += f", or with events in 28-pixel cells --sparsity 0.{hundredths:02} or more"
+                remedy += f", or with events, 28-pixel cells and exact ties --sparsity 0.{hundredths:02} or more"
         raise ValueError(f"{needs} exceed {' and '.join(within)}; {remedy}")
 
     def _memory(self, kept: int, groups: int, text: int, answer: int) -> int:
@@ -250,8 +251,8 @@ class EPVLM:
         seen: KVCache | None = None,
     ) -> Iterator[int]:  # fmt: skip
         """The answer's token ids as they are decided, the end token included. Greedy at temperature 0. seen: what `see`
-        made of a prompt with the same image. Raises ValueError, before any work, for settings out of range and for what
-        exceeds the model's context."""
+        made of a prompt with the same image; that it is the same is not checked beyond its length. Raises ValueError,
+        before any work, for settings out of range and for what exceeds the model's context."""
         if max_new_tokens < 1:
             raise ValueError(f"max-new-tokens {max_new_tokens}: give 1 or more")
         if seen and seen.filled != prompt.image_end:
@@ -284,7 +285,8 @@ class EPVLM:
 
     def picture(self, prompt: Prompt, image, events, sensor=None, window=None, **reading) -> Image.Image:
         """The paper's Fig. 1 of one's own input: the image as the model gets it; the events over it, on in red and off
-        in blue; the image with what is dropped darkened. Below, the counts. Arguments are those of `prompt`."""
+        in blue; the image with what is dropped darkened. Below, the counts. image, events, sensor, window, and `order`
+        and `time_unit` in `reading`, are those that `prompt` was given."""
         image, (height, width) = read_image(image), (self.vit.config.patch_size * n for n in prompt.keep_patches.shape)
         size, image = image.size, image.resize((width, height), Image.Resampling.BICUBIC)
         shown, legend = image.convert("L").convert("RGB"), ""
@@ -295,7 +297,7 @@ class EPVLM:
                 count, signed = (resize(E_v, height, width) for E_v in maps)
             count = np.abs(count)
             strength = count / (np.quantile(count[count > 0], 0.9) if count.any() else 1)
-            on = _grey((count + signed) / np.maximum(2 * count, 1))  # the share of on
+            on = _grey((count + signed) / np.where(count > 0, 2 * count, 1))  # the share of on
             colours = Image.composite(*(Image.new("RGB", image.size, colour) for colour in (ON, OFF)), on)
             shown.paste(colours, mask=_grey((count > 0) * (0.3 + 0.7 * strength.clip(0, 1))))
         dark = Image.blend(image, Image.new("RGB", image.size, DROPPED), 0.75)
@@ -390,19 +392,25 @@ def run(args: argparse.Namespace) -> None:
         missing = "is no question" if args.question is None else "are no events" if args.events == "none" else ""
         if args.compare and missing:
             raise ValueError(f"--compare: there {missing}; give both")
-        if args.question is None and not (sys.stdin and (sys.stdin.isatty() or sys.stdin.buffer.peek())):
-            raise ValueError("no question; give one after the events, or one a line on standard input")
         image = read_image(args.image)
         events = None if args.events == "none" else read_events(args.events, args.order, args.time_unit)
+        if args.question is None and not (sys.stdin and (sys.stdin.isatty() or sys.stdin.buffer.peek())):
+            raise ValueError(NO_QUESTION)
         model = EPVLM.from_pretrained(args.model, args.revision, args.device, args.dtype)
         text = model.text_ids(args.question or "")
-        if args.compare:  # a first pass, for both to find the weights in memory
-            list(model.tokens(model.prompt(image.resize((28, 28)), None, text, min_pixels=1), 1))
+        if args.compare:  # a first pass, for both to find weights and libraries in memory
+            list(model.tokens(model.prompt(image.resize((28, 28)), np.ones((28, 28)), text, min_pixels=1), 1))
         prompts = []  # with the seconds each took
         for given in (events, None) if args.compare else (events,):
             start = time.perf_counter()
-            prompts.append((model.prompt(image, given, text, args.sparsity, **options), time.perf_counter() - start))
-            model.tokens(prompts[-1][0], **sampling)  # refused, should the answer find no room
+            try:
+                prompt = model.prompt(image, given, text, args.sparsity, **options)
+                prompts.append((prompt, time.perf_counter() - start))
+                model.tokens(prompt, **sampling)  # refused, should the answer find no room
+            except ValueError as error:
+                if not args.compare or given is not None:
+                    raise
+                raise ValueError(f"{str(error).partition(', or with')[0]}, or leave --compare out") from None
     for warning in caught:
         print(f"epvlm: warning: {warning.message}", file=sys.stderr)
     if args.picture:
@@ -431,9 +439,11 @@ def say(model: EPVLM, prompt: Prompt, spent: float, sampling: dict) -> tuple[int
 
 
 def show(pieces: Iterator[str]) -> None:
-    for piece in pieces:
-        print(piece, end="", flush=True)
-    print(flush=True)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:
+        print(flush=True)
 
 
 def scale(flops: int) -> tuple[float, str]:
@@ -452,15 +462,17 @@ def comparison(dense: tuple, packed: tuple) -> str:
 
 
 def questions() -> Iterator[str]:
-    """The lines of standard input that are not empty, asked for on a terminal."""
+    """The lines of standard input that are not empty, asked for on a terminal. Raises ValueError for an endless one."""
     while True:
         if sys.stdin.isatty():
             print("question: ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.buffer.readline(2**20).decode(errors="surrogateescape")
+        line = sys.stdin.buffer.readline(2**20)
         if not line:
             return print(file=sys.stderr) if sys.stdin.isatty() else None
-        if line.strip():
-            yield line.strip()
+        if len(line) == 2**20:
+            raise ValueError("a line of over 1 MiB on standard input; give one question a line")
+        if question := line.decode(errors="surrogateescape").strip():
+            yield question
 
 
 def converse(model: EPVLM, prompt: Prompt, spent: float, sampling: dict) -> None:
@@ -478,7 +490,7 @@ def converse(model: EPVLM, prompt: Prompt, spent: float, sampling: dict) -> None
             failed += 1
             print(f"epvlm: question {asked}: {error}", file=sys.stderr)
     if not sys.stdin.isatty() and (failed or not asked):
-        raise ValueError(f"{failed} of {asked} questions could not be answered; correct them")
+        raise ValueError(f"{failed} of {asked} questions could not be answered; correct them" if asked else NO_QUESTION)
 
 
 def show_progress(model: EPVLM) -> None:

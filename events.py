@@ -30,6 +30,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_
 import argparse
 import contextlib
 import math
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -176,7 +177,7 @@ def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
         reason = " ".join(str(error).split()) or type(error).__name__
         if isinstance(error, ValueError) and "object" in reason.lower():
             reason = CONVERT.format(path, path.stem)
-        elif "README" not in reason:
+        elif ";" not in reason:  # no remedy yet
             reason += "; give a whole .npy or .npz of events"
         raise ValueError(f"{path}: cannot be read as events: {reason}") from None
 
@@ -184,7 +185,10 @@ def _load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
 def _fields(name: str, data) -> list[str]:
     """The keys of x, y, t, p in a structured array or a dict, by their usual names."""
     present = data.dtype.names if isinstance(data, np.ndarray) else list(data)
-    found = [[key for key in present if _plain(key) in aliases] for aliases in ALIASES.values()]
+    found = [
+        [key for key in present if key.lower() in aliases] or [key for key in present if _plain(key) in aliases]
+        for aliases in ALIASES.values()
+    ]
     for column, keys in zip(ALIASES, found, strict=True):
         if len(keys) != 1:
             told = f"{len(keys) or 'no'} columns for {column} among {', '.join(present) or 'none at all'}"
@@ -200,25 +204,24 @@ def _plain(key: str) -> str:
 def _order(name: str, rows: np.ndarray) -> str:
     """What the columns of an N x 4 array are, such as "txyp".
 
-    Polarity is the column that holds only -1, 0 and 1. Time is the one with fractions or, of those that never decrease,
-    the one of largest range. Of the other two x comes first, as in every layout in use. A doubt is an error, not a
-    guess. Times without fractions are in doubt
-    - beside another column that never decreases, if that is constant or has over a tenth of their range;
-    - beside a column of larger range, if they are fewer than 8 or mostly repeated: a coordinate might be sorted so."""
+    Polarity is the column that holds only -1, 0 and 1. Time is, of those that never decrease, the one of largest range.
+    Of the other two x comes first, as in every layout in use. A doubt is an error, not a guess:
+    - another column that never decreases is constant, has over a tenth of time's range, or alone has fractions;
+    - times without fractions have a smaller range than another column, and are fewer than 8 or mostly repeated."""
     if not len(rows):
         return "xytp"
     columns = dict(enumerate(rows.T))
     polar = [c for c, v in columns.items() if -1 <= v.min() <= v.max() <= 1 and not _fractions(v)]
     ranges = {c: float(v.max()) - float(v.min()) for c, v in columns.items() if c not in polar}
-    exact = [c for c in ranges if _fractions(columns[c])]
-    rising = [c for c in exact or ranges if (columns[c][1:] >= columns[c][:-1]).all()]
+    rising = [c for c in ranges if (columns[c][1:] >= columns[c][:-1]).all()]
     time = max(rising, key=ranges.get, default=None)
     certain = len(polar) == 1 and bool(ranges.get(time))
-    if certain and not exact:
-        values, rivals = columns[time], [ranges[c] for c in rising if c != time]
-        moving = len(rows) >= 8 and 2 * np.count_nonzero(values[1:] != values[:-1]) >= len(rows)
-        certain = all(0 < 10 * rival <= ranges[time] for rival in rivals)
-        certain = certain and (moving or ranges[time] == max(ranges.values()))
+    if certain:
+        values, exact = columns[time], _fractions(columns[time])
+        rivals = [c for c in rising if c != time]
+        certain = all(0 < 10 * ranges[c] <= ranges[time] and _fractions(columns[c]) <= exact for c in rivals)
+        moving = len(values) >= 8 and 2 * np.count_nonzero(values[1:] != values[:-1]) >= len(values)
+        certain = certain and (exact or moving or ranges[time] == max(ranges.values()))
     if not polar:
         raise fault(name, "no column holds polarities alone", "store them as 0 and 1, or -1 and +1")
     if not certain:
@@ -276,11 +279,14 @@ def event_map(events: Events | np.ndarray, sensor, size, window, polarity: str =
         if min(width, height) < 1 or width * height > MOST:
             raise ValueError(f"a sensor of {width} x {height} pixels; give its real size")
         events.check_inside(height, width)  # all of them, also outside the window: is this the sensor's size?
-        small = len(events) and not sensor and 2 * events.extent[1] < width and 2 * events.extent[3] < height
-        if small or not 2 / 3 <= width * size[1] / (height * size[0]) <= 3 / 2:  # of its shape to the image's
-            told = f"events {'in a quarter' if small else 'of a sensor'} of {width} x {height} pixels"
-            told += f", an image of {size[0]} x {size[1]}; unless they show the same, correct --sensor"
-            warnings.warn(f"{events.name}: {told}", stacklevel=3)
+        doubt = ""
+        if not sensor and len(events) and 2 * events.extent[1] < width and 2 * events.extent[3] < height:
+            doubt = f"all events lie in the first quarter of the image's {width} x {height} pixels"
+            doubt += "; if the event camera is smaller, say --sensor WxH"
+        elif not 2 / 3 <= width * size[1] / (height * size[0]) <= 3 / 2:  # of its shape to the image's
+            doubt = f"a sensor of {width} x {height} pixels, an image of {size[0]} x {size[1]}; they must show the same"
+        if doubt:
+            warnings.warn(f"{events.name}: {doubt}", stacklevel=3)
         shown = events if window is None else events.within(*window)
         start, end = window if window is not None else shown.span() if len(shown) else (0, 0)
         E_v, empty = accumulate(shown, height, width, polarity), not len(events)
@@ -484,7 +490,7 @@ def movie(paths: list[str], fps: float = 30.0) -> Iterator[tuple[float, np.ndarr
 def check_output(path: Path, suffix: str = "", inputs: Iterable[str] = ()) -> Path:
     """Where a file named so is written, links followed. Raises ValueError, before any work, where it cannot be, where
     one of the inputs is, and for a name that does not end in `suffix`."""
-    place = path.resolve()
+    place = Path(os.path.realpath(path))  # which, unlike Path's, raises nothing
     if not place.parent.is_dir() or (place.exists() and not place.is_file()):
         raise fault(path, "cannot be written there", "give a file's name in a folder that exists")
     if place in [Path(name).resolve() for name in inputs]:
@@ -528,9 +534,10 @@ def exit_status(program: str, work: Callable[[], None]) -> int:
     its output any more."""
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (it stays open: the caller closed the real one)
     previous = signal.getsignal(signal.SIGINT)
-    if previous is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    ours = threading.current_thread() is threading.main_thread() and previous not in (None, signal.SIG_IGN)
     try:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         work()
         return 0
     except BrokenPipeError:
@@ -545,7 +552,8 @@ def exit_status(program: str, work: Callable[[], None]) -> int:
             print(f"{program}: error: {told}", file=sys.stderr, flush=True)
         return 2
     finally:
-        signal.signal(signal.SIGINT, previous)
+        if ours:
+            signal.signal(signal.SIGINT, previous)
 
 
 def run(args: argparse.Namespace) -> None:

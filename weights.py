@@ -137,7 +137,8 @@ def read_config(folder: Path) -> tuple[dict, dict]:
     for section, key, *accepted in FIXED:
         value = (vision if section == "vision" else text).get(key)
         if value not in (None, *accepted):
-            raise fault(path, f"{section} {key} is {value!r}", f"only {accepted[0]!r} is implemented")
+            told = f"{section} {key} is {value!r}, not {' or '.join(map(repr, accepted))}"
+            raise fault(path, told, "that is not implemented, give a checkpoint without it")
     return vision, text
 
 

@@ -87,21 +87,20 @@ def noisy(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Promp
     return events(model, replace(sample, events=sample.noisy), sparsity, question)
 
 
-def recomputed(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
-    """The groups that events keep, but numbered as if they were the image's first, in the transformer of Eq. 9 and in
-    the decoder."""
-    prompt = events(model, sample, sparsity, question)
-    kept = int(prompt.keep.sum())
-    first = torch.arange(prompt.keep.numel()).view(prompt.keep.shape) < kept
-    positions = mrope_positions(prompt.image_start, first, len(prompt.input_ids) - prompt.image_start - kept)
-    patches = first.repeat_interleave(2, 0).repeat_interleave(2, 1)
-    return replace(prompt, keep=first, keep_patches=patches, position_ids=positions)
-
-
 def without_eq8(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
-    """The same in the transformer of Eq. 9 alone; in the decoder each group stands where it does in the image."""
-    moved = recomputed(model, sample, sparsity, question)
-    return replace(events(model, sample, sparsity, question), keep_patches=moved.keep_patches)
+    """The groups that events keep, but numbered as if they were the image's first in the transformer of Eq. 9; in the
+    decoder each stands where it does in the image."""
+    prompt = events(model, sample, sparsity, question)
+    first = torch.arange(prompt.keep.numel()).view(prompt.keep.shape) < prompt.tokens
+    return replace(prompt, keep_patches=first.repeat_interleave(2, 0).repeat_interleave(2, 1))
+
+
+def recomputed(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
+    """The same, and numbered so in the decoder too."""
+    prompt = without_eq8(model, sample, sparsity, question)
+    first = prompt.keep_patches[::2, ::2]
+    positions = mrope_positions(prompt.image_start, first, len(prompt.input_ids) - prompt.image_end)
+    return replace(prompt, keep=first, position_ids=positions)
 
 
 def random(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:

@@ -93,7 +93,7 @@ def test_bare_columns_are_found(tmp_path, order, dtype, layout):
         "reversed time": [[1, 1, 90, 0], [2, 5, 20, 1], [1, 3, 10, 1], [4, 0, 5, 0]],
         "all times equal": [[1, 1, 7, 0], [2, 5, 7, 1], [1, 3, 7, 1], [4, 0, 7, 0]],
         "two sorted columns of one range": [[1, 1, 1, 0], [2, 5, 2, 1], [3, 3, 3, 1]],
-        "seconds that are not sorted": [[1, 1, 0.2, 0], [2, 5, 0.1, 1], [30, 3, 0.25, 1]],
+        "sorted x wider than seconds": [[1, 1, 0.1, 0], [2, 5, 0.2, 1], [30, 3, 0.25, 1]],
         "two columns like polarity": [[0, 3, 10, 0], [1, 5, 20, 1], [0, 4, 30, 1]],
         "one event": [[1, 1, 7, 0]],
         "pixels read row by row": [[3, 60, 0, 1], [1, 61, 5, 0], [2, 119, 19, 1]],
@@ -110,6 +110,15 @@ def test_uncertain_columns_ask_for_the_order(why, bare):
     assert columns(read_events(np.array(bare), order="xytp", time_unit="us"))[2] == [row[2] for row in bare]
 
 
+@pytest.mark.parametrize("x", [[1.5, 2.5], [2.5, 1.5], np.arange(20) + 0.5])
+def test_fractions_of_a_pixel_are_never_taken_for_times(x):
+    rows = np.stack((x, [3.25] * len(x), 100 * np.arange(len(x)), np.arange(len(x)) % 2), axis=1)
+    with pytest.raises(ValueError, match=r"--order|fractions of a pixel"):
+        read_events(rows)
+    with pytest.raises(ValueError, match="fractions of a pixel"):
+        read_events(rows, order="xytp")
+
+
 def test_without_polarities_the_order_is_no_help():
     with pytest.raises(ValueError, match="no column holds polarities alone; store them as 0 and 1"):
         read_events(np.array([[1, 9, 100, 1], [2, 7, 200, 2], [3, 1, 300, 1]]))
@@ -124,8 +133,6 @@ def test_an_order_is_the_four_letters(order):
 def test_time_may_be_seconds_and_x_may_happen_to_be_sorted():
     seconds = np.array([[5, 9, 0.1, 0], [3, 7, 0.15, 1], [8, 1, 0.3, 1]])
     assert columns(read_events(seconds, time_unit="s"))[2] == [0.1, 0.15, 0.3]
-    wider = np.array([[1, 1, 0.1, 0], [2, 5, 0.2, 1], [30, 3, 0.25, 1]])  # only times have fractions
-    assert columns(read_events(wider, time_unit="s"))[2] == [0.1, 0.2, 0.25]
     counter = np.array([[(n * 37) % 200, (n * 11) % 100, n, n % 2] for n in range(50)])  # a time of small range
     assert columns(read_events(counter))[2] == list(range(50))
     assert columns(read_events(np.array([[1, 9, 100, 0], [2, 7, 200, 1], [3, 1, 300, 1]])))[2] == [100, 200, 300]
@@ -362,6 +369,8 @@ def test_a_time_unit_that_is_none():
 def test_columns_in_a_folder(tmp_path):
     np.savez(tmp_path / "e.npz", **{f"events/{name}": ROWS[name] for name in "xytp"}, ms_to_idx=np.arange(9))
     assert columns(read_events(tmp_path / "e.npz")) == EXPECTED
+    np.savez(tmp_path / "e.npz", **{name: ROWS[name] for name in "xytp"}, **{"gt/x": np.arange(9)})
+    assert columns(read_events(tmp_path / "e.npz")) == EXPECTED
 
 
 @pytest.mark.parametrize("name, content", [("e.h5", b"\x89HDF\r\n\x1a\n"), ("e.csv", b"t,x,y,p\n1,2,3,1\n")])
@@ -458,7 +467,7 @@ def test_another_shape_than_the_image_s_warns(sensor, warned):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         event_map(rows, sensor, (40, 30), None)
-    assert len(caught) == warned and all("correct --sensor" in str(warning.message) for warning in caught)
+    assert len(caught) == warned and all("must show the same" in str(warning.message) for warning in caught)
 
 
 def test_small_dtypes_of_a_map_do_not_overflow():

@@ -78,11 +78,11 @@ def test_what_is_too_long_is_refused_with_what_brings_it_under(monkeypatch, shor
     with pytest.raises(ValueError, match="exceed") as refused:
         model.prompt(image, None, "what?", **given)
     told = str(refused.value)
-    assert ("exceed the model's 1024" in told) and ("0.075 GiB of free memory" in told) == (short == "memory")
+    assert ("exceed the model's 1024" in told) and ("0.0745 GiB of free memory" in told) == (short == "memory")
     found = re.match(r"(\d+) tokens \((\d+) of the image, (\d+) of text, 1 of the answer\)", told)
     tokens, ofimage, others = map(int, found.groups())
     assert ofimage == 2500 and tokens == ofimage + others + 1
-    remedy = r"--max-pixels (\d+) or less, or with events in 28-pixel cells --sparsity (0\.\d\d) or more"
+    remedy = r"--max-pixels (\d+) or less, or with events, 28-pixel cells and exact ties --sparsity (0\.\d\d) or more"
     pixels, sparsity = re.search(remedy, told).groups()
     for fits in (
         model.prompt(image, None, "what?", max_pixels=int(pixels)),

@@ -1,6 +1,7 @@
 """What helps to see what happens: `--picture`, `--compare`, and questions one after another about one image."""
 
 import io
+import itertools
 import os
 import pty
 import re
@@ -14,11 +15,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import epvlm
 from epvlm import EPVLM, main
 from strategies import SPARSITIES
+from vit import VisionTransformer
 
 ROOT = Path(epvlm.__file__).parent
 QUESTIONS = ["What is moving?", "The red circle moves.", "left of the small square?"]
@@ -90,7 +92,7 @@ def test_lines_of_a_pipe_are_questions(files, capsys, monkeypatch):
     assert re.fullmatch(r"kept 24 of 48 patches \(6 of 12 tokens\), 100 events in 0.1 ms, read in \d+\.\d\d s", err[0])
 
 
-@pytest.mark.parametrize("text, words", [(b"", "no question"), (b"\xff\n", "UTF-8"), (b"x" * 2**21, "exceed")])
+@pytest.mark.parametrize("text, words", [(b"", "no question"), (b"\xff\n", "UTF-8"), (b"x" * 2**19, "exceed")])
 def test_what_is_no_question_is_refused(files, capsys, monkeypatch, text, words):
     asking(monkeypatch, text)
     monkeypatch.setattr(EPVLM, "from_pretrained", EPVLM.from_pretrained if text else lambda *_: pytest.fail("fetched"))
@@ -111,14 +113,47 @@ def test_after_a_question_that_is_none_the_next_one_is_answered(files, capsys, m
 def test_empty_lines_are_no_questions(files, capsys, monkeypatch, text):
     asking(monkeypatch, text)
     assert main(["image.png", "events.npy", *SETTINGS]) == 2
-    assert "0 of 0 questions" in lines(capsys)[1][-1]
+    assert "no question; give one" in lines(capsys)[1][-1]
 
 
 def test_what_was_seen_of_another_image_is_refused(checkpoint):
     model = checkpoint[2]
     one, other = (model.prompt(Image.new("RGB", size, "red"), None, "") for size in ((112, 84), (112, 112)))
-    with pytest.raises(ValueError, match="another prompt's"):
-        model.tokens(one, seen=model.see(other))
+    for prompt, seen in ((one, other), (other, one)):
+        with pytest.raises(ValueError, match="another prompt's"):
+            model.tokens(prompt, seen=model.see(seen))
+
+
+def test_seconds_spent_on_the_prompt_count(checkpoint, capsys, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(epvlm.time, "perf_counter", lambda: next(clock))
+    prompt = checkpoint[2].prompt(Image.new("RGB", (112, 84), "red"), None, "")
+    *_, first, whole = epvlm.say(checkpoint[2], prompt, 100, {"max_new_tokens": 1})
+    assert (first, whole) == (101, 102)
+
+
+def test_progress_is_shown_where_the_image_is_read(files, capsys, monkeypatch):
+    asking(monkeypatch, b"What is moving?\n")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["image.png", "events.npy", *SETTINGS]) == 0
+    assert "layer 4 of 4\r\033[K" in capsys.readouterr().err
+
+
+def test_an_error_in_the_midst_of_an_answer_ends_its_line(capsys):
+    def pieces():
+        yield "half"
+        raise ValueError("not finite")
+
+    with pytest.raises(ValueError):
+        epvlm.show(pieces())
+    assert capsys.readouterr().out == "half\n"
+
+
+def test_a_line_without_end_is_refused(files, capsys, monkeypatch):
+    asking(monkeypatch, b"x" * 2**20 + b"What is moving?\nWhat is moving?\n")
+    assert main(["image.png", "events.npy", *SETTINGS]) == 2
+    out, err = lines(capsys)
+    assert out == [] and "a line of over 1 MiB" in err[-1]
 
 
 def test_the_question_may_follow_options(files, capsys):
@@ -136,10 +171,11 @@ def test_a_terminal_is_asked_and_goes_on_after_a_mistake(files):
     """Answers on stdout alone; the end of input (Ctrl-D) ends it with status 0."""
     ours, theirs = pty.openpty()
     command = [sys.executable, str(ROOT / "epvlm.py"), "image.png", "events.npy", *SETTINGS]
-    with subprocess.Popen(command, stdin=theirs, stdout=-1, stderr=-1) as running:
-        os.write(ours, b"What is moving?\n" + b"\xff\n" + b"The red circle moves.\n\x04")
-        out, err = running.communicate(timeout=60)
-    assert running.returncode == 0 and len(out.decode().splitlines()) == 2
+    os.write(ours, b"What is moving?\n" + b"\xff\n" + b"The red circle moves.\n\x04")
+    done = subprocess.run(command, stdin=theirs, capture_output=True, timeout=120)
+    os.close(ours), os.close(theirs)
+    out, err = done.stdout, done.stderr
+    assert done.returncode == 0 and len(out.decode().splitlines()) == 2
     told = err.decode().splitlines()
     assert told[0].startswith("kept 24 of 48 patches") and err.count(b"question: ") == 4
     assert any("UTF-8" in line for line in told) and b"Traceback" not in err
@@ -153,7 +189,8 @@ def test_both_answers_and_what_they_cost(files, capsys, monkeypatch):
     for events in ("none", "events.npy"):
         assert main(["image.png", events, QUESTIONS[0], *SETTINGS]) == 0
         expected += lines(capsys)[0]
-    texts, loaded = [], []
+    texts, loaded, passes, see = [], [], [], VisionTransformer.forward
+    monkeypatch.setattr(VisionTransformer, "forward", lambda *given: passes.append(given) or see(*given))
     text_ids, load = EPVLM.text_ids, EPVLM.from_pretrained
     monkeypatch.setattr(EPVLM, "text_ids", lambda *given: texts.append(given) or text_ids(*given))
     monkeypatch.setattr(EPVLM, "from_pretrained", lambda *given: loaded.append(given) or load(*given))
@@ -169,6 +206,7 @@ def test_both_answers_and_what_they_cost(files, capsys, monkeypatch):
     assert d[:2] == [48, 12] and p[:2] == [24, 6] and r[:2] == [0.5, 0.5]
     model = load("model")
     flops = model.flops(model.prompt("image.png", "events.npy", QUESTIONS[0]))
+    assert len(passes) == 3  # one to have all in memory, then two that count
     assert [p[2], d[2]] == [round(n / 1e6, 2) for n in flops] and r[2] == round(flops[0] / flops[1], 2)
     assert all(first <= whole for _, _, _, first, whole in (d, p))
 
@@ -213,17 +251,48 @@ def test_the_picture_shows_the_image_the_events_and_what_is_kept(checkpoint, cel
     assert abs(right[~kept] - (0.25 * left[~kept] + 0.75 * np.array([0x10, 0x30, 0x28]))).max() <= 1
 
 
+def told_below(monkeypatch) -> list[str]:
+    """What is written into pictures from now on."""
+    texts, write = [], ImageDraw.ImageDraw.multiline_text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw,
+        "multiline_text",
+        lambda self, xy, text, *rest: texts.append(text) or write(self, xy, text, *rest),
+    )
+    return texts
+
+
+def test_the_caption_has_the_counts_and_the_colours(checkpoint, monkeypatch):
+    model, image, texts = checkpoint[2], Image.new("RGB", (112, 84), "red"), told_below(monkeypatch)
+    for E_v, words in ((np.eye(84, 112), "events, red on, blue off;"), (None, "middle: events; right")):
+        prompt = model.prompt(image, E_v, "")
+        model.picture(prompt, image, E_v)
+        assert str(prompt) in texts[-1] and words in texts[-1]
+
+
+def test_more_events_are_drawn_stronger_and_small_numbers_as_large_ones(checkpoint):
+    model, image = checkpoint[2], Image.new("RGB", (112, 84), "white")
+    E_v = np.zeros((84, 112))
+    E_v[10, :9], E_v[20, 20], E_v[30, 30] = 8, 1, -2
+    drawn = []
+    for scale in (1, 1e-6, 1e6):
+        prompt = model.prompt(image, scale * E_v, "")
+        drawn.append(panels(model.picture(prompt, image, scale * E_v), 112, 84)[1])
+    assert np.array_equal(drawn[0], drawn[1]) and np.array_equal(drawn[0], drawn[2])
+    strong, weak, off = drawn[0][10, 5], drawn[0][20, 20], drawn[0][30, 30]
+    assert strong[1] < weak[1] < 230 and strong[0] == weak[0] == 255 and off[2] == 255 > off[0]
+
+
 @given(SPARSITIES, st.integers(0, 2**32 - 1), st.sampled_from([(56, 56), (28, 280), (280, 28), (300, 200)]))
 def test_any_map_can_be_drawn(checkpoint, sparsity, seed, size):
-    model, image = checkpoint[2], Image.new("RGB", size, "red")
+    model, image = checkpoint[2], Image.effect_noise(size, 90).convert("RGB")
     E_v = np.random.default_rng(seed).integers(-2, 3, (9, 11)) * (seed % 3)
     with warnings.catch_warnings(action="ignore"):
         prompt = model.prompt(image, E_v, "", sparsity, min_pixels=784)
     whole = model.picture(prompt, image, E_v)
-    assert np.array_equal(np.asarray(panels(whole, *image.size)[0]), np.asarray(image)) or any(
-        side % 28 for side in size
-    )
-    assert whole.mode == "RGB" and min(whole.size) > 56
+    width, height = (14 * side for side in reversed(prompt.keep_patches.shape))
+    seen = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    assert np.array_equal(panels(whole, width, height)[0], seen)
 
 
 def test_a_picture_of_files_is_that_of_what_they_hold(files):
@@ -234,11 +303,30 @@ def test_a_picture_of_files_is_that_of_what_they_hold(files):
     assert np.array_equal(*map(np.asarray, drawn))
 
 
-def test_the_picture_is_written_whole_and_for_a_dense_image_too(files, capsys):
-    for events, options in (("events.npy", ["--compare"]), ("none", [])):
-        Path("out.png").write_bytes(b"old")
-        assert main(["image.png", events, "?", *SETTINGS, *options, "--picture", "out.png"]) == 0
-        assert Image.open("out.png").format == "PNG" and not list(Path().glob(".out*"))
+@pytest.mark.parametrize("options", [[], ["--compare"], ["--window", "1000", "1030"], ["--sensor", "168x224"]])
+def test_the_picture_that_is_written_is_that_of_the_packed_prompt(files, capsys, options):
+    Path("out.png").write_bytes(b"old")
+    assert main(["image.png", "events.npy", "?", *SETTINGS, *options, "--picture", "out.png"]) == 0
+    model, given = EPVLM.from_pretrained("model"), {}
+    given |= (
+        {"window": (1000, 1030)} if "--window" in options else {"sensor": (168, 224)} if "--sensor" in options else {}
+    )
+    prompt = model.prompt("image.png", "events.npy", "?", **given)
+    drawn = model.picture(prompt, "image.png", "events.npy", **given)
+    assert np.array_equal(np.asarray(Image.open("out.png")), np.asarray(drawn)) and not list(Path().glob(".out*"))
+
+
+def test_a_dense_image_can_be_drawn(files, capsys):
+    assert main(["image.png", "none", "?", *SETTINGS, "--picture", "out.png"]) == 0
+    left, middle, right = panels(Image.open("out.png"), 84, 112)
+    assert np.array_equal(left, right) and (middle[..., 0] == middle[..., 1]).all()
+
+
+def test_a_recording_is_not_drawn_over(files, capsys):
+    Path("events.npy").rename("e.png")
+    before = Path("e.png").read_bytes()
+    assert main(["image.png", "e.png", "?", *SETTINGS, "--picture", "e.png"]) == 2
+    assert Path("e.png").read_bytes() == before and "one of the inputs" in capsys.readouterr().err
 
 
 def test_an_error_leaves_the_old_picture(files, capsys, monkeypatch):
@@ -258,6 +346,8 @@ def test_the_readme_s_picture_is_what_its_command_draws(tmp_path, monkeypatch, c
     monkeypatch.chdir(ROOT)
     words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', command[1])]
     assert main([*words, "--picture", str(tmp_path / "drawn.png")]) == 0
-    shown, drawn = (np.asarray(Image.open(path)) for path in (ROOT / command[2], tmp_path / "drawn.png"))
-    assert shown.shape == drawn.shape and (shown != drawn).mean() < 0.02  # letters may be smoothed otherwise
+    shown, drawn = (Image.open(path) for path in (ROOT / command[2], tmp_path / "drawn.png"))
+    for one, other in zip(panels(shown, 224, 224), panels(drawn, 224, 224), strict=True):
+        assert np.array_equal(one, other)
+    assert shown.size == drawn.size and np.mean(np.asarray(shown) != np.asarray(drawn)) < 0.02  # the letters may differ
     assert f"]({command[2]})" in (ROOT / "README.md").read_text()

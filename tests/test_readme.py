@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from epvlm import EPVLM
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| (\d+) \| \$.*\$.*\|.*\| (`\w+\.py`: .*?) \| `(.*?)::(.*?)` \|$", README, re.MULTILINE)
@@ -36,6 +38,12 @@ def test_the_worked_example_is_true():
     told = []
     failed, tried = doctest.DocTestRunner().run(example, out=told.append)
     assert (failed, tried) == (0, 16), "".join(told)
+
+
+def test_what_is_said_of_the_picture():
+    model = EPVLM.from_pretrained(ROOT / "examples" / "tiny", device="cpu")
+    cells = model.prompt(ROOT / "examples" / "scene.png", ROOT / "examples" / "events.npy", "").S > 0
+    assert (cells.sum(), cells.size) == (13, 64) and "Thirteen of its 64 cells have events" in README
 
 
 def test_the_lines_of_python_run_and_print_what_they_say(tmp_path, monkeypatch, capsys):
