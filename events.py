@@ -403,18 +403,16 @@ def camera(
     shown = ((time, log_intensity(frame)) for time, frame in frames)
     first = last = next(shown, (0, np.zeros((0, 0))))
     level = first[1]  # (H, W)
-    steps = {p: sign * np.maximum(rng.normal(C, spread, level.shape), C / 10) for p, sign in ((1, 1), (0, -1))}
+    on, off = (np.maximum(rng.normal(C, spread, level.shape), C / 10) for _ in range(2))  # thresholds, likewise
     for now in shown:
         (before, was), (time, L) = last, now
         if L.shape != was.shape or not before < time < 2**53:
             told = "a frame of {1} x {0} pixels at {2:g} us follows one of {4} x {3} at {5:g} us"
             raise ValueError(told.format(*L.shape, time, *was.shape, before))
-        for p, step in steps.items():
-            *crossings, level = _crossings(level, step, last, now)
-            found.append((*crossings, np.full(len(crossings[0]), p, dtype=np.uint8)))
-            held += len(crossings[0])
-            _check_room(held)
-        last = now
+        *crossings, level = _crossings(level, np.where(L > level, on, -off), last, now)
+        found.append(crossings)
+        held, last = held + len(crossings[0]), now
+        _check_room(held)
     if not found:
         raise ValueError("an event camera needs two frames or more")
     _check_room(expected := noise * level.size * (last[0] - first[0]) / 1e6)
@@ -438,9 +436,8 @@ def _check_room(events: float) -> None:
 
 
 def _crossings(level, step, last, now):
-    """x, y and time of every crossing of level + step, level + 2 step, ... between two frames, and the level reached.
-
-    level, step (H, W); last and now are (time, log intensity (H, W))."""
+    """x, y, time and polarity of every crossing of level + step, level + 2 step, ... between two frames, and the level
+    reached. level, step (H, W), step of the sign of the change; last and now are (time, log intensity (H, W))."""
     (start, before), (end, after) = last, now
     crossed = np.floor((after - level) / step + 1e-9).clip(0)  # to reach a level is to cross it
     _check_room(crossed.sum())
@@ -450,7 +447,7 @@ def _crossings(level, step, last, now):
     nth = np.arange(count.sum()) - np.repeat(count.cumsum() - count, count) + 1  # 1, 2, ... for each pixel
     y, x = np.repeat(y.astype(np.int32), count), np.repeat(x.astype(np.int32), count)
     part = (level[y, x] + nth * step[y, x] - before[y, x]) / (after[y, x] - before[y, x])
-    return x, y, start + part.clip(0, 1) * (end - start), level + crossed * step
+    return x, y, start + part.clip(0, 1) * (end - start), (step[y, x] > 0).astype(np.uint8), level + crossed * step
 
 
 def saccade(image: np.ndarray, radius: float = 2.0, duration: float = 100_000) -> Iterator[tuple[float, np.ndarray]]:
