@@ -460,8 +460,7 @@ def saccade(image: np.ndarray, radius: float = 2.0, duration: float = 100_000) -
     steps = 3 * max(1, math.ceil(2 * 3**0.5 * radius))
     for step, place in enumerate(np.interp(np.linspace(0, 3, steps + 1), np.arange(4), corners)):
         (row, down), (column, right) = (divmod(margin - shift, 1) for shift in (place.imag, place.real))
-        rows = slice(int(row), int(row) + len(luma) + 1), slice(int(column), int(column) + luma.shape[1] + 1)
-        shown = padded[rows]
+        shown = padded[int(row) : int(row) + len(luma) + 1, int(column) : int(column) + luma.shape[1] + 1]
         shown = (1 - down) * shown[:-1] + down * shown[1:]
         yield duration * step / steps, (1 - right) * shown[:, :-1] + right * shown[:, 1:]
 
