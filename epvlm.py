@@ -276,10 +276,9 @@ class EPVLM:
         for token in tokens:
             held.append(token)
             text = self.tokenizer.decode(held, skip_special_tokens=True)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character is split between tokens
+            if text and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character is split between tokens
+                yield text
                 held = []
-                if text:
-                    yield text
         if rest := self.tokenizer.decode(held, skip_special_tokens=True):
             yield rest
 
