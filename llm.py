@@ -188,9 +188,7 @@ class Decoder(nn.Module):
         """ids (B, L) int64 to (B, L, hidden_size): H_q of Eq. 4 where they are text."""
         return self.model["embed_tokens"](ids)
 
-    def forward(
-        self, hidden: Tensor, positions: Tensor, cache: KVCache | None = None, wanted: int | None = None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache | None = None, wanted: int = 0) -> Tensor:
         """hidden (B, L, hidden_size) and positions (3, L) or (3, B, L) of tokens that follow those in `cache`.
 
         Returns the last layer's output, normalised, of the last `wanted` positions, all L unless told: (B, wanted,
