@@ -252,8 +252,8 @@ def generate(
         logits = decoder.logits(hidden[0, -1])
         if not logits.isfinite().all():
             dtype = str(hidden.dtype).removeprefix("torch.")
-            other = {"float16": "--dtype bfloat16 or float32", "bfloat16": "--dtype float32, or other weights"}
-            raise ValueError(f"scores in {dtype} are not finite; try {other.get(dtype, 'other weights')}")
+            other = {"float16": "--dtype bfloat16 or float32", "bfloat16": "--dtype float32"}
+            raise ValueError(f"scores in {dtype} are not finite; try {other.get(dtype, 'other weights with --model')}")
         token = choose(logits)
         yield token
         if token in stop or n == limit - 1:

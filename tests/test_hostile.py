@@ -243,7 +243,10 @@ def test_scores_are_finite_in_every_dtype(checkpoint, dtype, sparsity):
         assert model.logits(prompt).isfinite().all()
 
 
-@pytest.mark.parametrize("dtype, remedy", [("float16", "--dtype bfloat16"), ("bfloat16", "--dtype float32")])
+@pytest.mark.parametrize(
+    "dtype, remedy",
+    [("float16", "--dtype bfloat16"), ("bfloat16", "--dtype float32"), ("float32", "other weights with --model")],
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_scores_that_are_not_finite_are_an_error(checkpoint, dtype, remedy, value):
     model = EPVLM.from_pretrained(checkpoint[0], device="cpu", dtype=dtype)
