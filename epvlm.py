@@ -399,27 +399,31 @@ def run(args: argparse.Namespace) -> None:
         text = model.text_ids(args.question or "")
         if args.compare:  # a first pass, for both to find weights and libraries in memory
             list(model.tokens(model.prompt(image.resize((28, 28)), np.ones((28, 28)), text, min_pixels=1), 1))
-        prompts = []  # with the seconds each took
-        for given in (events, None) if args.compare else (events,):
-            start = time.perf_counter()
+        prompts = [prepare(model, sampling, image, events, text, args.sparsity, **options)]
+        if args.compare:
             try:
-                prompt = model.prompt(image, given, text, args.sparsity, **options)
-                prompts.append((prompt, time.perf_counter() - start))
-                model.tokens(prompt, **sampling)  # refused, should the answer find no room
-            except ValueError as error:
-                if not args.compare or given is not None:
-                    raise
+                prompts.insert(0, prepare(model, sampling, image, None, text, **options))
+            except ValueError as error:  # of the dense image, which no sparsity makes smaller
                 raise ValueError(f"{str(error).partition(', or with')[0]}, or leave --compare out") from None
     for warning in caught:
         print(f"epvlm: warning: {warning.message}", file=sys.stderr)
     if args.picture:
-        drawn = model.picture(prompts[0][0], image, events, args.sensor, args.window)
+        drawn = model.picture(prompts[-1][0], image, events, args.sensor, args.window)
         write_whole(args.picture, lambda file: drawn.save(file, "PNG"))
     if args.question is None:
         return converse(model, *prompts[0], sampling)
-    costs = [say(model, *prompt, sampling) for prompt in reversed(prompts)]
+    costs = [say(model, *prompt, sampling) for prompt in prompts]
     if args.compare:
         print(comparison(*costs), file=sys.stderr)
+
+
+def prepare(model: EPVLM, sampling: dict, *inputs, **options) -> tuple[Prompt, float]:
+    """A prompt, and the seconds it took. Raises ValueError also where its answer would find no room."""
+    start = time.perf_counter()
+    prompt = model.prompt(*inputs, **options)
+    spent = time.perf_counter() - start
+    model.tokens(prompt, **sampling)
+    return prompt, spent
 
 
 def say(model: EPVLM, prompt: Prompt, spent: float, sampling: dict) -> tuple[int, int, int, float, float]:

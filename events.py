@@ -412,10 +412,10 @@ def camera(
         *crossings, level = _crossings(level, np.where(L > level, on, -off), last, now)
         found.append(crossings)
         held, last = held + len(crossings[0]), now
-        _check_room(held)
+        _check_count(held)
     if not found:
         raise ValueError("an event camera needs two frames or more")
-    _check_room(expected := noise * level.size * (last[0] - first[0]) / 1e6)
+    _check_count(expected := noise * level.size * (last[0] - first[0]) / 1e6)
     n = rng.poisson(expected)
     place = rng.integers(0, [[level.shape[1]], [level.shape[0]]], (2, n), dtype=np.int32)
     found.append((*place, rng.uniform(first[0], last[0], n), rng.integers(0, 2, n, dtype=np.uint8)))
@@ -429,7 +429,7 @@ def _check_setting(name: str, value: float, least: float, most: float) -> None:
         raise ValueError(f"--{name} {value:g}: give {least:g} to {most:g}")
 
 
-def _check_room(events: float) -> None:
+def _check_count(events: float) -> None:
     if not events <= MOST:
         told = f"at most {MOST:.0e} find room; raise --threshold, lower --noise, or make the images smaller"
         raise ValueError(f"{events:.3g} events, but {told}")
@@ -440,7 +440,7 @@ def _crossings(level, step, last, now):
     reached. level, step (H, W), step of the sign of the change; last and now are (time, log intensity (H, W))."""
     (start, before), (end, after) = last, now
     crossed = np.floor((after - level) / step + 1e-9).clip(0)  # to reach a level is to cross it
-    _check_room(crossed.sum())
+    _check_count(crossed.sum())
     crossed = crossed.astype(np.int32)
     y, x = crossed.nonzero()
     count = crossed[y, x]

@@ -243,9 +243,9 @@ def generate(
 ) -> Iterator[int]:
     """Yields up to `limit` token ids as they are decided, the one in `stop` that ends the answer included.
 
-    hidden (1, L, hidden_size), positions (3, L): the embedded prompt, or what of it follows `seen`. Token n
-    of the answer stands at the prompt's largest DENSE position + 1 + n on all three axes: not at L + n, since L counts
-    the kept tokens only."""
+    hidden (1, L, hidden_size), positions (3, L): the embedded prompt, or what of it follows `seen`. Token n of the
+    answer stands at the prompt's largest DENSE position + 1 + n on all three axes: not at L + n, since L counts the
+    kept tokens only."""
     cache = KVCache(decoder.config, (seen.filled if seen else 0) + hidden.shape[1] + limit, hidden, seen)
     hidden, position = decoder(hidden, positions, cache, wanted=1), positions[:, -1:]
     for n in range(limit):

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import os
 import pty
 import re
@@ -220,6 +221,19 @@ def test_events_are_checked_before_the_dense_image_is_answered(files, capsys):
     assert main(["image.png", "events.npy", "?", *SETTINGS, "--compare", "--window", "5", "6"]) == 2
     out, err = lines(capsys)
     assert out == [] and len(err) == 1 and "no event from 5 to 6 us" in err[0]
+
+
+def test_a_dense_image_without_room_is_told_what_helps(files, capsys, monkeypatch):
+    """Which a sparsity does not: the packed prompt has room."""
+    config = json.loads(Path("model/config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 250  # about 270 tokens of the image, or half of them
+    Path("model/config.json").write_text(json.dumps(config))
+    command = ["image.png", "events.npy", "?", *SETTINGS, "--min-pixels", "200704"]
+    assert main(command) == 0 and lines(capsys)[0]
+    assert main(["image.png", "none", *command[2:]]) == 2 and "--sparsity" in lines(capsys)[1][0]
+    assert main([*command, "--compare"]) == 2
+    out, err = lines(capsys)
+    assert out == [] and len(err) == 1 and err[0].endswith(", or leave --compare out") and "--sparsity" not in err[0]
 
 
 # The picture
