@@ -69,10 +69,11 @@ from vit import ImageConfig, VisionConfig, VisionTransformer, packed_patches, sm
 DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 RULES = {"exact": budget_mask, "literal": literal_mask}  # S, tau -> mask
 CHOICES = {"cell": ("group", "patch"), "ties": tuple(RULES), "polarity": ("count", "signed")}
-PROMPT_OPTIONS = ("cell", "ties", "polarity", "sensor", "window", "min_pixels", "max_pixels")
+PROMPT_OPTIONS = ("cell", "ties", "polarity", "sensor", "window", "min_pixels", "max_pixels", "system")
 ON, OFF, DROPPED = "#ff2010", "#1060ff", "#103028"  # colours of a picture; both polarities at once are purple
 DENSE_BYTES = 24  # that a pixel of the dense image takes while patches are chosen
 NO_QUESTION = "no question; give one after the events, or one a line on standard input"
+GROUNDING = {f"<|{name}_{end}|>" for name in ("object_ref", "box", "quad") for end in ("start", "end")}  # printed
 SPECIAL = {name: f"<|{name}|>" for name in ("im_start", "im_end", "vision_start", "vision_end", "image_pad")}
 
 
@@ -106,8 +107,15 @@ class Prompt:
 class EPVLM:
     """A Qwen2-VL checkpoint that can skip patches. `from_pretrained` makes one, `answer` uses it."""
 
-    def __init__(self, vit: VisionTransformer, llm: Decoder, tokenizer: Tokenizer, image_config: ImageConfig, stop=()):
+    def __init__(
+        self, vit: VisionTransformer, llm: Decoder, tokenizer: Tokenizer, image_config: ImageConfig, stop=(),
+        repetition_penalty: float = 1.0, template: str = "",
+    ):  # fmt: skip
         self.vit, self.llm, self.tokenizer, self.image_config = vit, llm, tokenizer, image_config
+        self.repetition_penalty = repetition_penalty
+        self.usual = not template or weights.USUAL in template  # its system turn is the published models'
+        added = tokenizer.get_added_tokens_decoder().items()
+        self.silent = {token for token, text in added if text.special and text.content not in GROUNDING}
         self.special = {name: tokenizer.token_to_id(text) for name, text in SPECIAL.items()}
         self.stop = {self.special["im_end"], *stop}  # token ids that end an answer
 
@@ -124,34 +132,39 @@ class EPVLM:
         vit, llm = build(folder)
         tokenizer = weights.read_tokenizer(folder, llm.config.vocab_size, SPECIAL.values())
         shapes = {name: tuple(tensor.shape) for name, tensor in published(vit, llm).items()}
+        image_config = weights.read_image_config(folder, ImageConfig)
+        (stop, penalty), template = weights.read_generation(folder), weights.read_template(folder)
+        weights.fetch_weights(model, folder)
         tensors = weights.read_tensors(folder, shapes, llm.config.tie_word_embeddings, dtype, device)
         visual = {name.removeprefix("visual."): tensors.pop(name) for name in shapes if name.startswith("visual.")}
         for module, state in ((vit, visual), (llm, tensors)):
             module.load_state_dict(state, assign=True)
             module.requires_grad_(False).eval()
-        image_config, stop = weights.read_image_config(folder, ImageConfig), weights.read_ends(folder)
-        return cls(vit, llm, tokenizer, image_config, stop)
+        return cls(vit, llm, tokenizer, image_config, stop, penalty, template)
 
     def prompt(
         self, image: str | Path | Image.Image, events: str | Path | np.ndarray | Events | None,
         question: str | tuple[list[int], list[int]], sparsity: float = 0.5, *, cell: str = "group",
         ties: str = "exact", polarity: str = "count", sensor: tuple[int, int] | None = None,
         window: tuple[float, float] | None = None, order: str | None = None, time_unit: str | None = None,
-        min_pixels: int | None = None, max_pixels: int | None = None,
+        min_pixels: int | None = None, max_pixels: int | None = None, system: str | None = None,
     ) -> Prompt:  # fmt: skip
         """Everything up to the model: the mask, the packed patches, the token ids and their dense positions.
 
         events: a path or an array (formats: `events.read_events`), None for the dense image. sparsity: fraction of
         cells dropped, in [0, 1). sensor: (width, height) in pixels, the image's size unless given. window: first and
-        last time in microseconds. cell, ties, polarity: see CHOICES. Pixel limits: the checkpoint's unless given. The
-        question may also be what `text_ids` made of it. Raises ValueError that names the value and the remedy."""
+        last time in microseconds. cell, ties, polarity: see CHOICES. Pixel limits: the checkpoint's unless given.
+        system: see `text_ids`. The question may also be what `text_ids` made of it. Raises ValueError that names the
+        value and the remedy."""
         check_choices(sparsity, cell=cell, ties=ties, polarity=polarity)
+        if system is None and not self.usual:
+            warnings.warn("this checkpoint's chat template has another system turn; give it by --system", stacklevel=2)
         image, config = read_image(image), self.vit.config
         limits = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-        limits = replace(self.image_config, **{name: value for name, value in limits.items() if value is not None})
+        limits = {name: value or getattr(self.image_config, name) for name, value in limits.items()}
         patch, merge, group = config.patch_size, config.spatial_merge_size, config.group_size
-        height, width = smart_resize(image.height, image.width, group, limits.min_pixels, limits.max_pixels)
-        before, after = self.text_ids(question) if isinstance(question, str) else question
+        height, width = smart_resize(image.height, image.width, group, **limits)
+        before, after = self.text_ids(question, system) if isinstance(question, str) else question
         groups = height * width // group**2
         kept = groups if events is None else budget(groups, 1 - sparsity)  # at least: ties or patches may keep more
         self._check_room(kept, groups, len(before) + len(after), answer=1)
@@ -169,9 +182,10 @@ class EPVLM:
 
     def with_question(self, prompt: Prompt, question: str) -> Prompt:
         """The same image with another question."""
-        before, after = self.text_ids(question)
+        _, after = self.text_ids(question)
         input_ids = torch.cat((prompt.input_ids[: prompt.image_end], torch.tensor(after)))
-        return replace(prompt, input_ids=input_ids, position_ids=mrope_positions(len(before), prompt.keep, len(after)))
+        positions = mrope_positions(prompt.image_start, prompt.keep, len(after))
+        return replace(prompt, input_ids=input_ids, position_ids=positions)
 
     def _check_room(self, kept: int, groups: int, text: int, answer: int) -> None:
         """Raises ValueError, with what brings it under, if `kept` of an image's `groups` and the tokens of the text and
@@ -205,20 +219,23 @@ class EPVLM:
         tokens = size * (kv * (kept + text + answer) + layer * (kept + text))
         return tokens + kept * vision.spatial_merge_size**2 * patch + DENSE_BYTES * vision.group_size**2 * groups
 
-    def text_ids(self, question: str) -> tuple[list[int], list[int]]:
-        """Token ids before and after the image. Special tokens are put in by id; a question that spells one is text."""
+    def text_ids(self, question: str, system: str | None = None) -> tuple[list[int], list[int]]:
+        """Token ids before and after the image. Special tokens are put in by id; a question that spells one is text.
+        system: the system turn, None for that of the published models, "" for none."""
 
         def ids(text: str) -> list[int]:
             self.tokenizer.encode_special_tokens = True  # a state that a copied tokenizer loses, so set at each use
             return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-        try:
-            question.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"question {question[:40]!a}: holds bytes that are no text; give it in UTF-8") from None
+        for name, text in (("question", question), ("system", system or "")):
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"{name} {text[:40]!a}: holds bytes that are no text; give it in UTF-8") from None
         start, end = self.special["im_start"], self.special["im_end"]
-        system = [start, *ids("system\nYou are a helpful assistant."), end, *ids("\n")]
-        before = [*system, start, *ids("user\n"), self.special["vision_start"]]
+        system = weights.USUAL if system is None else system
+        turn = [start, *ids(f"system\n{system}"), end, *ids("\n")] if system else []
+        before = [*turn, start, *ids("user\n"), self.special["vision_start"]]
         return before, [self.special["vision_end"], *ids(question), end, *ids("\n"), start, *ids("assistant\n")]
 
     def _embed(self, prompt: Prompt) -> Tensor:
@@ -248,17 +265,19 @@ class EPVLM:
 
     def tokens(
         self, prompt: Prompt, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
-        seen: KVCache | None = None,
+        seen: KVCache | None = None, repetition_penalty: float | None = None,
     ) -> Iterator[int]:  # fmt: skip
         """The answer's token ids as they are decided, the end token included. Greedy at temperature 0. seen: what `see`
-        made of a prompt with the same image; that it is the same is not checked beyond its length. Raises ValueError,
+        made of a prompt with the same image; that it is the same is not checked beyond its length. repetition_penalty:
+        the checkpoint's unless given, 1 for none. Raises ValueError,
         before any work, for settings out of range and for what exceeds the model's context."""
         if max_new_tokens < 1:
             raise ValueError(f"max-new-tokens {max_new_tokens}: give 1 or more")
         if seen and seen.filled != prompt.image_end:
             raise ValueError("what was seen is another prompt's; give what `see` made of this image")
         self._check_room(prompt.tokens, prompt.keep.numel(), len(prompt.input_ids) - prompt.tokens, max_new_tokens)
-        return self._decode(prompt, max_new_tokens, sampler(temperature, top_p, seed), seen)
+        penalty = self.repetition_penalty if repetition_penalty is None else repetition_penalty
+        return self._decode(prompt, max_new_tokens, sampler(temperature, top_p, seed, penalty, prompt.input_ids), seen)
 
     @torch.inference_mode()
     def _decode(self, prompt: Prompt, limit: int, choose, seen: KVCache | None) -> Iterator[int]:
@@ -271,15 +290,15 @@ class EPVLM:
         return self.pieces(self.tokens(prompt, max_new_tokens, **sampling))
 
     def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Token ids as text, in pieces that are whole UTF-8."""
+        """Token ids as text, in pieces that are whole UTF-8. Of special tokens those of grounding are shown."""
         held: list[int] = []
         for token in tokens:
-            held.append(token)
-            text = self.tokenizer.decode(held, skip_special_tokens=True)
+            held += [] if token in self.silent else [token]
+            text = self.tokenizer.decode(held, skip_special_tokens=False)
             if text and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # else a character is split between tokens
                 yield text
                 held = []
-        if rest := self.tokenizer.decode(held, skip_special_tokens=True):
+        if rest := self.tokenizer.decode(held, skip_special_tokens=False):
             yield rest
 
     def picture(self, prompt: Prompt, image, events, sensor=None, window=None, **reading) -> Image.Image:
@@ -310,11 +329,14 @@ class EPVLM:
         ImageDraw.Draw(whole).multiline_text((gap, height + 2 * gap), told, "black", font)
         return whole
 
-    def answer(self, image, events, question: str, max_new_tokens: int = 128, temperature: float = 0.0,
-               top_p: float = 1.0, seed: int = 0, **options) -> str:  # fmt: skip
+    def answer(
+        self, image, events, question: str, max_new_tokens: int = 128, temperature: float = 0.0, top_p: float = 1.0,
+        seed: int = 0, repetition_penalty: float | None = None, **options,
+    ) -> str:  # fmt: skip
         """X_a of Eq. 4 as text. `options` are those of `prompt`."""
         prompt = self.prompt(image, events, question, **options)
-        return "".join(self.stream(prompt, max_new_tokens, temperature=temperature, top_p=top_p, seed=seed))
+        sampling = {"temperature": temperature, "top_p": top_p, "seed": seed, "repetition_penalty": repetition_penalty}
+        return "".join(self.stream(prompt, max_new_tokens, **sampling))
 
 
 def _grey(values: np.ndarray) -> Image.Image:
@@ -373,6 +395,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--order", help="columns of a bare N x 4 array, such as txyp (default: found)")
     add("--min-pixels", type=_count, help="smallest model input, pixels (default: the checkpoint's)")
     add("--max-pixels", type=_count, help="largest model input, pixels (default: the checkpoint's)")
+    add("--system", metavar="TEXT", help="system turn, empty for none (default: the published models')")
+    add("--repetition-penalty", type=float, help="of tokens seen before, 1 for none (default: the checkpoint's)")
     add("--max-new-tokens", type=_count, default=128, help="longest answer, tokens (default: %(default)s)")
     add("--device", help="such as cpu or cuda (default: cuda if there is one)")
     add("--dtype", choices=weights.DTYPES, help="default: the checkpoint's own")
@@ -381,11 +405,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """The command line's work. The small inputs are read first: a mistake there should not wait for a download."""
     options = {name: getattr(args, name) for name in PROMPT_OPTIONS}
-    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "repetition_penalty")
+    sampling, penalty = {name: getattr(args, name) for name in names}, args.repetition_penalty
     with warnings.catch_warnings(record=True) as caught:  # told with the answer: where an error follows, it alone is
         warnings.simplefilter("always", UserWarning)
         check_choices(args.sparsity)
-        sampler(args.temperature, args.top_p)
+        sampler(args.temperature, args.top_p, penalty=1.0 if penalty is None else penalty)
         if args.picture:
             check_output(args.picture, ".png", (args.image, args.events))
         missing = "is no question" if args.question is None else "are no events" if args.events == "none" else ""
@@ -396,7 +421,7 @@ def run(args: argparse.Namespace) -> None:
         if args.question is None and not (sys.stdin and (sys.stdin.isatty() or sys.stdin.buffer.peek())):
             raise ValueError(NO_QUESTION)
         model = EPVLM.from_pretrained(args.model, args.revision, args.device, args.dtype)
-        text = model.text_ids(args.question or "")
+        text = model.text_ids(args.question or "", args.system)
         if args.compare:  # a first pass, for both to find weights and libraries in memory
             list(model.tokens(model.prompt(image.resize((28, 28)), np.ones((28, 28)), text, min_pixels=1), 1))
         prompts = [prepare(model, sampling, image, events, text, args.sparsity, **options)]
@@ -405,8 +430,8 @@ def run(args: argparse.Namespace) -> None:
                 prompts.insert(0, prepare(model, sampling, image, None, text, **options))
             except ValueError as error:  # of the dense image, which no sparsity makes smaller
                 raise ValueError(f"{str(error).partition(', or with')[0]}, or leave --compare out") from None
-    for warning in caught:
-        print(f"epvlm: warning: {warning.message}", file=sys.stderr)
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        print(f"epvlm: warning: {message}", file=sys.stderr)
     if args.picture:
         drawn = model.picture(prompts[-1][0], image, events, args.sensor, args.window)
         write_whole(args.picture, lambda file: drawn.save(file, "PNG"))
@@ -427,26 +452,37 @@ def prepare(model: EPVLM, sampling: dict, *inputs, **options) -> tuple[Prompt, f
 
 
 def say(model: EPVLM, prompt: Prompt, spent: float, sampling: dict) -> tuple[int, int, int, float, float]:
-    """Answers on stdout; a line on stderr before it says what was kept and what it cost. spent: seconds that the prompt
-    took. Returns patches, tokens, FLOPs, and seconds to the first token and to the last."""
+    """Answers on stdout. Lines on stderr say, before the model runs, what was kept and what it will cost, and then when
+    the first token came. spent: seconds that the prompt took. Returns patches, tokens, FLOPs, and seconds to the first
+    token and to the last."""
     start, tokens = time.perf_counter() - spent, model.tokens(prompt, **sampling)
+    tell(model, prompt)
+    first = next(tokens)
+    waited = time.perf_counter() - start
+    print(f"first token after {waited:.2f} s", file=sys.stderr, flush=True)
+    show(model, chain([first], tokens), sampling["max_new_tokens"])
+    return len(prompt.patches), prompt.tokens, model.flops(prompt)[0], waited, time.perf_counter() - start
+
+
+def tell(model: EPVLM, prompt: Prompt) -> None:
+    """Says on stderr what was kept and what it will cost, and on a terminal shows the progress from here on."""
+    packed, dense = model.flops(prompt)
+    size, unit = scale(dense)
+    print(f"{prompt}, {packed / size:.2f} of {dense / size:.2f} {unit}FLOPs", file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         show_progress(model)
-    first = next(tokens)
-    waited, (packed, dense) = time.perf_counter() - start, model.flops(prompt)
-    size, unit = scale(dense)
-    flops = f"{packed / size:.2f} of {dense / size:.2f} {unit}FLOPs"
-    print(f"{prompt}, {flops}, first token after {waited:.2f} s", file=sys.stderr, flush=True)
-    show(model.pieces(chain([first], tokens)))
-    return len(prompt.patches), prompt.tokens, packed, waited, time.perf_counter() - start
 
 
-def show(pieces: Iterator[str]) -> None:
+def show(model: EPVLM, tokens: Iterator[int], limit: int) -> None:
+    """Prints an answer as it comes; a line on stderr says where it was cut."""
+    told = []
     try:
-        for piece in pieces:
+        for piece in model.pieces(told.append(token) or token for token in tokens):
             print(piece, end="", flush=True)
     finally:
         print(flush=True)
+    if len(told) == limit and told[-1] not in model.stop:
+        print(f"stopped after {limit} token{'s' * (limit > 1)}", file=sys.stderr, flush=True)
 
 
 def scale(flops: int) -> tuple[float, str]:
@@ -482,13 +518,13 @@ def converse(model: EPVLM, prompt: Prompt, spent: float, sampling: dict) -> None
     """Answers questions about one image, each for itself; what stands before them is computed once. One that cannot be
     answered is told, and the next is read. Raises ValueError at the end of a pipe that had one, or none at all."""
     start, asked, failed = time.perf_counter() - spent, 0, 0
-    if sys.stderr.isatty():
-        show_progress(model)
+    tell(model, prompt)
     seen = model.see(prompt)
-    print(f"{prompt}, read in {time.perf_counter() - start:.2f} s", file=sys.stderr, flush=True)
+    print(f"read in {time.perf_counter() - start:.2f} s", file=sys.stderr, flush=True)
     for asked, question in enumerate(questions(), 1):
         try:
-            show(model.pieces(model.tokens(model.with_question(prompt, question), **sampling, seen=seen)))
+            tokens = model.tokens(model.with_question(prompt, question), **sampling, seen=seen)
+            show(model, tokens, sampling["max_new_tokens"])
         except ValueError as error:
             failed += 1
             print(f"epvlm: question {asked}: {error}", file=sys.stderr)

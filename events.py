@@ -357,21 +357,28 @@ def spread_order(cells_h: int, cells_w: int) -> np.ndarray:
 def read_image(image: str | Path | Image.Image) -> Image.Image:
     """An image file or a PIL image of any mode, upright, as 8-bit RGB.
 
-    Transparency is laid on white, 16-bit grey is scaled to 8 bits. ValueError names a file that is no whole image."""
+    Transparency is laid on white. Grey of more than 8 bits is scaled by the bits in use, the fewest of 8, 10, 12, 14
+    and 16 that hold its largest value: cameras store 10 or 12 in files of 16. A warning says how many, and so does
+    `info["bits"]`. Raises ValueError that names a file that is no whole image."""
     name = "the image" if isinstance(image, Image.Image) else str(image)
     try:
         if not isinstance(image, Image.Image) and Path(image).exists() and not Path(image).is_file():
             raise ValueError("not a file")
         image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
+        bits = 8
         if image.mode[0] in "IF":  # 16 bits of grey; some formats open as 32
-            grey = np.asarray(image)
-            if image.mode == "F" or (image.mode == "I" and not (grey.min() >= 0 and 255 < grey.max() <= 65535)):
+            grey = np.asarray(image).astype(np.int64)
+            if image.mode == "F" or not 0 <= grey.min() <= grey.max() <= 65535:
                 raise ValueError("grey of unknown range")
-            image = Image.fromarray((grey // 257).astype(np.uint8))
+            bits = next(bits for bits in (8, 10, 12, 14, 16) if grey.max() < 2**bits)
+            warnings.warn(f"{name}: grey values up to {grey.max()} are taken as {bits} bits", stacklevel=2)
+            image = Image.fromarray((grey * 255 // (2**bits - 1)).astype(np.uint8))
         if image.mode.endswith(("A", "a")) or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        image = image.convert("RGB")
+        image.info["bits"] = bits
+        return image
     except FileNotFoundError:
         raise fault(name, "no such file", "give the path of an image") from None
     except Exception as error:  # Pillow's readers raise of many kinds
@@ -468,13 +475,16 @@ def saccade(image: np.ndarray, radius: float = 2.0, duration: float = 100_000) -
 def movie(paths: list[str], fps: float = 30.0) -> Iterator[tuple[float, np.ndarray]]:
     """Frames for `camera` from image files, read one by one. Raises ValueError that names the file."""
     _check_setting("fps", fps, 1e-3, 1e6)
-    size = None
+    size = bits = None
     for number, path in enumerate(paths):
         image = read_image(path)
         size = size or image.size
         if image.size != size:
             told = "{} x {} pixels, but {} x {}".format(*image.size, *size)
             raise fault(path, f"{told} in {paths[0]}", "give frames of one size")
+        if image.info["bits"] != (bits := bits or image.info["bits"]):  # frames scaled unlike would flicker
+            told = f"grey of {image.info['bits']} bits, but of {bits} in {paths[0]}"
+            raise fault(path, told, "scale all frames to 8 bits alike")
         with Image.open(path) as file:
             if getattr(file, "n_frames", 1) > 1:
                 raise fault(path, f"holds {file.n_frames} images", "save each as a file of its own")

@@ -220,14 +220,27 @@ class Decoder(nn.Module):
         return 2 * linear, 2 * 2 * D * full * tokens
 
 
-def sampler(temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> Callable[[Tensor], int]:
+def sampler(
+    temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, penalty: float = 1.0, ids: Tensor | None = None
+) -> Callable[[Tensor], int]:
     """How the next token is chosen from logits (vocab_size,): the largest at temperature 0, else drawn from the
-    smallest set of tokens that holds `top_p` of the probability. Raises ValueError for settings out of range."""
+    smallest set of tokens that holds `top_p` of the probability. Scores of the prompt's `ids` (L,) and of the tokens
+    chosen since are first divided by the repetition penalty, negative ones multiplied (RepetitionPenaltyLogitsProcessor
+    of transformers). Raises ValueError for settings out of range."""
     if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature} must be 0 or more, top-p {top_p} above 0 and at most 1")
-    generator = torch.Generator().manual_seed(seed % 2**63)
+    if not 0 < penalty < float("inf"):
+        raise ValueError(f"repetition-penalty {penalty} must be above 0; 1 is none")
+    generator, seen = torch.Generator().manual_seed(seed % 2**63), set(() if ids is None else ids.tolist())
 
     def choose(logits: Tensor) -> int:
+        if penalty != 1:
+            logits, used = logits.clone(), torch.tensor(sorted(seen), device=logits.device)
+            logits[used] = torch.where(logits[used] < 0, logits[used] * penalty, logits[used] / penalty)
+        seen.add(token := draw(logits))
+        return token
+
+    def draw(logits: Tensor) -> int:
         if temperature == 0:
             return int(logits.argmax())
         logits = logits.cpu().double()  # and the largest taken off: a small temperature must not overflow

@@ -34,16 +34,19 @@ ROWS = 512  # of the MLP, worked on at once on the CPU: what comes between stays
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """preprocessor_config.json: limits in pixels of the resized image, and the statistics of the training images."""
+    """preprocessor_config.json: limits in pixels of the resized image, and the statistics of the training images. The
+    defaults are those of Qwen2VLImageProcessor; the published files allow 12845056 pixels."""
 
     min_pixels: int = 3136
-    max_pixels: int = 12845056
+    max_pixels: int = 1003520
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self):
         if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
             raise ValueError("image_mean and image_std need three values, image_std above 0")
+        if self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
 
 
 @dataclass(frozen=True)

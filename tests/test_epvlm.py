@@ -52,7 +52,8 @@ def refused(capsys, *arguments) -> str:
 
 def told(line: str) -> str:
     """What stderr says was kept, without the figures of cost, whose form is checked."""
-    match = re.fullmatch(r"(.*), \d+\.\d\d of \d+\.\d\d [MGT]FLOPs, first token after \d+\.\d\d s\n", line)
+    cost = r"\d+\.\d\d of \d+\.\d\d [MGT]FLOPs\nfirst token after \d+\.\d\d s\n(stopped after \d+ tokens?\n)?"
+    match = re.fullmatch(rf"(.*), {cost}", line)
     assert match, line
     return match[1]
 
@@ -64,7 +65,7 @@ def test_the_answer_is_on_stdout_and_the_rest_on_stderr(files):
     assert done.stdout == model.answer("image.png", "events.npy", QUESTION, max_new_tokens=9) + "\n"
     assert told(done.stderr) == "kept 24 of 48 patches (6 of 12 tokens), 100 events in 0.1 ms"
     packed, dense = model.flops(model.prompt("image.png", "events.npy", QUESTION))
-    assert f" {packed / 1e6:.2f} of {dense / 1e6:.2f} MFLOPs, " in done.stderr and 0 < packed < dense
+    assert f" {packed / 1e6:.2f} of {dense / 1e6:.2f} MFLOPs\n" in done.stderr and 0 < packed < dense
 
 
 def test_options_reach_the_model(files, capsys):
@@ -105,7 +106,7 @@ def test_the_prompt_holds_what_is_promised(files):
 def test_no_events_at_all_warns_and_keeps_evenly_spread_cells(files, capsys):
     np.save("empty.npy", np.load("events.npy")[:0])
     assert main(["image.png", "empty.npy", QUESTION, "--model", "model", "--max-new-tokens", "1"]) == 0
-    warning, kept = capsys.readouterr().err.splitlines(keepends=True)
+    warning, kept = capsys.readouterr().err.split("\n", 1)
     assert warning.startswith("epvlm: warning: ") and "no events at all" in warning
     assert told(kept) == "kept 24 of 48 patches (6 of 12 tokens), 0 events in 0.0 ms"
     with pytest.warns(UserWarning, match="no events"):
@@ -304,7 +305,7 @@ def test_top_p_and_seed_reach_the_sampler(checkpoint, monkeypatch):
     model, given = checkpoint[2], []
     monkeypatch.setattr(epvlm, "sampler", lambda *a: given.append(a) or sampler())
     model.answer(Image.new("RGB", (56, 56)), None, "", 1, 0.5, 0.25, 9)
-    assert given == [(0.5, 0.25, 9)]
+    assert [values[:4] for values in given] == [(0.5, 0.25, 9, 1.0)]
 
 
 def test_a_closed_pipe_ends_with_status_1(monkeypatch):

@@ -181,7 +181,7 @@ def test_16_bit_grey_that_opens_as_32(checkpoint, tmp_path):
     assert torch.equal(ours.prompt(tmp_path / "grey.pgm", None, "").patches, ours.prompt(eight, None, "").patches)
 
 
-@pytest.mark.parametrize("values", [70000, -1, 200, 0.5])
+@pytest.mark.parametrize("values", [70000, -1, 0.5])
 def test_grey_of_unknown_range_is_refused(checkpoint, values):
     grey = np.full((56, 56), values, dtype=np.float32 if values == 0.5 else np.int32)
     with pytest.raises(ValueError, match="8-bit PNG"):

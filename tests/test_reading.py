@@ -89,8 +89,9 @@ def test_lines_of_a_pipe_are_questions(files, capsys, monkeypatch):
     asking(monkeypatch, "\n\n  ".join(QUESTIONS).encode())
     assert main(["image.png", "events.npy", *SETTINGS]) == 0
     out, err = lines(capsys)
-    assert out == alone and len(err) == 1
-    assert re.fullmatch(r"kept 24 of 48 patches \(6 of 12 tokens\), 100 events in 0.1 ms, read in \d+\.\d\d s", err[0])
+    assert out == alone and err[2:] == ["stopped after 6 tokens"] * len(alone)
+    kept = r"kept 24 of 48 patches \(6 of 12 tokens\), 100 events in 0.1 ms, [\d.]+ of [\d.]+ MFLOPs"
+    assert re.fullmatch(kept, err[0]) and re.fullmatch(r"read in \d+\.\d\d s", err[1])
 
 
 @pytest.mark.parametrize("text, words", [(b"", "no question"), (b"\xff\n", "UTF-8"), (b"x" * 2**19, "exceed")])
@@ -107,7 +108,7 @@ def test_after_a_question_that_is_none_the_next_one_is_answered(files, capsys, m
     assert main(["image.png", "events.npy", *SETTINGS]) == 2
     out, err = lines(capsys)
     assert len(out) == 2 and out[0] == out[1]
-    assert err[1].startswith("epvlm: question 2: question") and "1 of 3 questions" in err[2]
+    assert err[3].startswith("epvlm: question 2: question") and "1 of 3 questions" in err[5]
 
 
 @pytest.mark.parametrize("text", [b"\n", b" \n\n"])
@@ -140,13 +141,15 @@ def test_progress_is_shown_where_the_image_is_read(files, capsys, monkeypatch):
     assert "layer 4 of 4\r\033[K" in capsys.readouterr().err
 
 
-def test_an_error_in_the_midst_of_an_answer_ends_its_line(capsys):
-    def pieces():
-        yield "half"
+def test_an_error_in_the_midst_of_an_answer_ends_its_line(checkpoint, capsys):
+    model = checkpoint[2]
+
+    def tokens():
+        yield from model.tokenizer.encode("half").ids
         raise ValueError("not finite")
 
     with pytest.raises(ValueError):
-        epvlm.show(pieces())
+        epvlm.show(model, tokens(), 9)
     assert capsys.readouterr().out == "half\n"
 
 
@@ -199,8 +202,8 @@ def test_both_answers_and_what_they_cost(files, capsys, monkeypatch):
     out, err = lines(capsys)
     assert out == expected and len(texts) == len(loaded) == 1
     assert err[0].startswith("kept 48 of 48 patches (12 of 12 tokens), no events")
-    assert err[1].startswith("kept 24 of 48 patches (6 of 12 tokens), 100 events")
-    names, *rows = (line.split() for line in err[2:])
+    assert err[3].startswith("kept 24 of 48 patches (6 of 12 tokens), 100 events")
+    names, *rows = (line.split() for line in err[6:])
     assert names[:3] == ["patches", "tokens", "MFLOPs"]
     (dense, *d), (packed, *p), (ratio, *r) = ([name, *map(float, row)] for name, *row in rows)
     assert (dense, packed, ratio) == ("dense", "packed", "ratio")

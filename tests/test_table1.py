@@ -309,7 +309,7 @@ def test_nothing_asked_is_an_error_and_warnings_are_told(capsys):
 
 def arguments(**changed) -> argparse.Namespace:
     plain = {"events": None, "radius": 2.0, "threshold": 0.2, "order": None, "time_unit": None, "max_new_tokens": 4,
-             "cell": "group", "ties": "exact", "polarity": "count", "sensor": None, "window": None,
+             "cell": "group", "ties": "exact", "polarity": "count", "sensor": None, "window": None, "system": None,
              "min_pixels": None, "max_pixels": None}  # fmt: skip
     return argparse.Namespace(**{**plain, **changed})
 

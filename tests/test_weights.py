@@ -17,7 +17,7 @@ import weights
 from epvlm import EPVLM, build, published
 from llm import DecoderConfig
 from vit import ImageConfig, VisionConfig
-from weights import FILES, fetch, fill, read_config, read_image_config, read_json, read_tensors
+from weights import SETTINGS, fetch, fill, read_config, read_image_config, read_json, read_tensors
 
 PARAMETERS = {"2B": 2_208_985_600, "7B": 8_291_375_616, "72B": 73_405_560_320}
 
@@ -354,7 +354,7 @@ def hub(monkeypatch):
 
 def test_what_the_hub_is_asked_for(hub, files, monkeypatch):
     assert fetch("a/b", "v1") == Path("/somewhere")
-    assert hub == {"name": "a/b", "revision": "v1", "allow_patterns": FILES, "quiet": True}
+    assert hub == {"name": "a/b", "revision": "v1", "allow_patterns": SETTINGS, "quiet": True}
     with pytest.raises(ValueError, match="/somewhere"):
         EPVLM.from_pretrained("c/d", "v2")
     assert (hub["name"], hub["revision"]) == ("c/d", "v2")

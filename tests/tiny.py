@@ -53,6 +53,17 @@ def write(folder: Path, tied=True, shard="1GB", layout="nested", tokens: Tokeniz
     return model
 
 
+def published_tokenizer(folder: Path) -> None:
+    """tokenizer.json as published: three of the added tokens; tokenizer_config.json lists them all."""
+    path = folder / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    added = settings["added_tokens"]
+    listed = {str(token.pop("id")): token for token in json.loads(path.read_text())["added_tokens"]}
+    path.write_text(json.dumps({**settings, "added_tokens": added[:3]}))
+    tokens = {"added_tokens_decoder": listed, "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+
+
 def in_layout(nested: dict, layout: str) -> dict:
     """The nested config.json in another of its layouts: flat (as published), both, or nested."""
     text = dict(nested["text_config"])
