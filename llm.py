@@ -4,14 +4,15 @@ Equations: 4 (X_a = f(concat(H_v, H_q)): `Decoder` is f, `generate` reads the an
 position embedding, is not in the paper; the rule is that of Eq. 8: dense positions, then packed.
 
 Glossary
+    T                moments of the input, 1 for a still image
     L                tokens of the prompt: text, and one for each group kept
+    groups           (T, groups_h, groups_w) bool, the mask by group: True keeps, False drops
     positions        (3, L) int64, M-RoPE: time, row and column of every token
-    keep             (groups_h, groups_w) bool, the mask by group: True keeps, False drops
     hidden           (B, L, hidden_size), B = 1 when answering
-    cache            keys and values of the tokens seen so far, preallocated; `seen`, those another cache holds
+    cache            keys and values of the tokens read so far, preallocated
     angles           (..., L, head_dim/2) float32, half-split pairing
 
-What differs from plain Qwen2-VL: the positions of the image are packed, and text goes on after the DENSE image, so
+What differs from plain Qwen2-VL: the positions of visual tokens are packed, and text goes on after the DENSE image, so
 dropping tokens moves no other token. Module names are the published tensor names.
 """
 
@@ -20,9 +21,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from rope2d import cos_sin, pack, rotate
+from rope2d import cos_sin, rotate
+
+SYSTEM = "You are a helpful assistant."  # the system turn of the published models
+SPECIAL = ("im_start", "im_end", "vision_start", "vision_end", "image_pad")
 
 
 @dataclass(frozen=True)
@@ -41,33 +46,37 @@ class DecoderConfig:
     mrope_section: tuple[int, ...] = (16, 24, 24)  # frequencies turned by time, row, column
     tie_word_embeddings: bool = False
 
-    def __post_init__(self):
-        if self.num_hidden_layers > 999:
-            raise ValueError(f"num_hidden_layers {self.num_hidden_layers} is over 999")
-        width, heads, groups = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        if width % heads or heads % groups:
-            raise ValueError(f"hidden_size {width}, {heads} heads and {groups} key-value heads do not divide")
-        section = self.mrope_section
-        if len(section) != 3 or 2 * sum(section) != self.head_dim:
-            raise ValueError(f"mrope_section {section} must be three numbers, half of head_dim {self.head_dim}")
-
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
 
-def mrope_positions(before: int, keep: Tensor, after: int) -> Tensor:
-    """Time, row and column of every token: `before` tokens of text, the kept groups of one image, `after` of text.
+def prompt_ids(tokenizer: Tokenizer, question: str, system: str | None = None) -> tuple[list[int], list[int]]:
+    """Token ids before the image and after it. Special tokens are put in by id; a text that spells one stays text.
+    system: the system turn, None for the published models', "" for none. Raises ValueError for broken UTF-8."""
+    im_start, im_end, vision_start, vision_end, _ = (tokenizer.token_to_id(f"<|{name}|>") for name in SPECIAL)
+    tokenizer.encode_special_tokens = True  # a state that a copied tokenizer loses, so set at each use
 
-    keep (groups_h, groups_w) bool. Returns (3, L) int64. The image stands at c = before: t = c, h = c + row, w = c +
-    column; text goes on at c + max(groups_h, groups_w), whatever was dropped. Source: get_rope_index in transformers'
-    modeling_qwen2_vl.py. Example, before = 1, after = 2, keep = [[1, 0, 1]] (the middle group is dropped):
-        t = 0 1 1 4 5,  h = 0 1 1 4 5,  w = 0 1 3 4 5"""
-    groups_h, groups_w = keep.shape
-    row, column = torch.meshgrid(torch.arange(groups_h), torch.arange(groups_w), indexing="ij")
-    image = torch.stack((torch.zeros_like(row), row, column)).flatten(1) + before  # (3, groups_h * groups_w)
-    image = pack(image, keep.flatten().cpu(), dim=1)  # as Eq. 8: dense positions, packed
-    head, tail = torch.arange(before), torch.arange(after) + before + max(groups_h, groups_w)
+    def ids(text: str) -> list[int]:
+        try:
+            return tokenizer.encode(text, add_special_tokens=False).ids
+        except TypeError:
+            raise ValueError(f"{text[:40]!a} holds bytes that are no text; give it in UTF-8") from None
+
+    system = SYSTEM if system is None else system
+    turn = [im_start, *ids(f"system\n{system}"), im_end, *ids("\n")] if system else []
+    before = [*turn, im_start, *ids("user\n"), vision_start]
+    return before, [vision_end, *ids(question), im_end, *ids("\n"), im_start, *ids("assistant\n")]
+
+
+def mrope_positions(before: int, groups: Tensor, after: int) -> Tensor:
+    """Time, row and column of every token: `before` tokens of text, the kept groups of one image, `after` of text.
+    groups (T, groups_h, groups_w) bool. Returns (3, L) int64. The image stands at c = before: t = c + moment, h = c +
+    row, w = c + column; text goes on at c + the largest of T, groups_h, groups_w, whatever was dropped. Source:
+    get_rope_index in transformers' modeling_qwen2_vl.py. Example, before = 1, after = 2, groups = [[[1, 0, 1]]] (the
+    middle group is dropped): t = 0 1 1 4 5, h = 0 1 1 4 5, w = 0 1 3 4 5"""
+    image = groups.nonzero().T + before  # (3, groups kept): as Eq. 8, the dense positions, packed
+    head, tail = torch.arange(before), torch.arange(after) + before + max(groups.shape)
     return torch.cat((head.expand(3, -1), image, tail.expand(3, -1)), dim=1)
 
 
@@ -81,15 +90,14 @@ def mrope_angles(positions: Tensor, config: DecoderConfig) -> Tensor:
 
 
 class KVCache:
-    """Room for the keys and values of `length` tokens, allocated once: (2, layers, 1, kv_heads, length, head_dim).
+    """Room for the keys and values of `length` tokens, allocated once: (2, layers, 1, kv_heads, length, head_dim). It
+    may begin with a copy of those that another cache, `start`, holds."""
 
-    It may begin with those that another cache, `seen`, holds; they are copied."""
-
-    def __init__(self, config: DecoderConfig, length: int, like: Tensor, seen: "KVCache | None" = None):
+    def __init__(self, config: DecoderConfig, length: int, like: Tensor, start: "KVCache | None" = None):
         shape = 2, config.num_hidden_layers, 1, config.num_key_value_heads, length, config.head_dim
-        self.held, self.filled = like.new_empty(shape), seen.filled if seen else 0
-        if seen:
-            self.held[..., : seen.filled, :] = seen.held[..., : seen.filled, :]
+        self.held, self.filled = like.new_empty(shape), start.filled if start else 0
+        if start:
+            self.held[..., : start.filled, :] = start.held[..., : start.filled, :]
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k, v (1, kv_heads, new, head_dim) after the tokens held, and returns all of the layer's."""
@@ -99,16 +107,9 @@ class KVCache:
         return self.held[0, layer, :, :, :end], self.held[1, layer, :, :, :end]
 
 
-class RMSNorm(nn.RMSNorm):
-    def forward(self, x: Tensor) -> Tensor:  # normalised in float32, cast back, then times the weight
+class RMSNorm(nn.RMSNorm):  # normalised in float32, cast back, then times the weight
+    def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x weight^T + bias. One row in bfloat16 is doubled on the CPU: that reads the weights a fifth faster."""
-    if x.numel() == x.shape[-1] and x.dtype == torch.bfloat16 and x.device.type == "cpu":
-        return F.linear(x.view(1, -1).expand(2, -1), weight, bias)[:1].view(*x.shape[:-1], -1)
-    return F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):
@@ -130,14 +131,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int, wanted: int) -> Tensor:
         q, k, v = self.q_proj(x[:, -wanted:]), self.k_proj(x), self.v_proj(x)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # (B, L, heads, head_dim)
         q = rotate(q, cos[..., -wanted:, :, :], sin[..., -wanted:, :, :]).transpose(1, 2)
         k, v = rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
-            k, v = cache.extend(layer, k, v)  # (B, kv_heads, seen + new, head_dim)
-        if wanted == 1:  # it sees all; query heads that share a key head are as good as several queries
-            out = F.scaled_dot_product_attention(q.view(len(q), k.shape[1], -1, self.head_dim), k, v)
-            return self.o_proj(out.flatten(1).unsqueeze(1))
+            k, v = cache.extend(layer, k, v)  # (B, kv_heads, held + new, head_dim)
+        if wanted == 1:
+            return self.o_proj(attend_last(q, k, v))
         before = k.shape[2] - wanted
         mask = torch.ones(wanted, k.shape[2], dtype=torch.bool, device=x.device).tril(before) if before else None
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not before, enable_gqa=True)
@@ -186,13 +186,12 @@ class Decoder(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids (B, L) int64 to (B, L, hidden_size): H_q of Eq. 4 where they are text."""
-        return self.model["embed_tokens"](ids)
+        return self.model["embed_tokens"](ids.to(self.model["embed_tokens"].weight.device))
 
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache | None = None, wanted: int = 0) -> Tensor:
-        """hidden (B, L, hidden_size) and positions (3, L) or (3, B, L) of tokens that follow those in `cache`.
-
-        Returns the last layer's output, normalised, of the last `wanted` positions, all L unless told: (B, wanted,
-        hidden_size). `logits` turns it into scores. The last layer computes only those."""
+        """hidden (B, L, hidden_size) and positions (3, L) or (3, B, L) of tokens that follow those in `cache`. Returns
+        the last layer's output, normalised, of the last `wanted` positions, 0 for all: (B, wanted, hidden_size);
+        `logits` turns it into scores. The last layer computes only the wanted positions."""
         cos, sin = cos_sin(mrope_angles(positions.to(hidden.device), self.config), hidden.dtype)
         *layers, last = self.model["layers"]
         new = hidden.shape[1]
@@ -209,67 +208,67 @@ class Decoder(nn.Module):
         return product(hidden, head.weight).float()
 
     def flops(self, tokens: int, scored: int = 1) -> tuple[int, int]:
-        """FLOPs for so many tokens of which the last `scored` are wanted and get logits, a multiply-add being two:
-        those of the linear layers, and those of attention as plain products, the whole square (a fused kernel skips
-        what the causal mask hides). Norms, activations, softmax and rotations are left out: 1 %."""
-        config, D = self.config, self.config.hidden_size
-        kv = 2 * D * config.num_key_value_heads * config.head_dim  # of a token
-        others = 2 * D * D + 3 * D * config.intermediate_size
-        full = (config.num_hidden_layers - 1) * tokens + scored  # the last layer computes what is wanted
-        linear = config.num_hidden_layers * tokens * kv + full * others + scored * D * config.vocab_size
-        return 2 * linear, 2 * 2 * D * full * tokens
+        """FLOPs for so many tokens of which the last `scored` are wanted and get logits, counted as in vit.py; of
+        attention the whole square (a fused kernel skips what the causal mask hides)."""
+        config, D, layers = self.config, self.config.hidden_size, self.config.num_hidden_layers
+        kv, others = 2 * D * config.num_key_value_heads * config.head_dim, 2 * D * D + 3 * D * config.intermediate_size
+        full = (layers - 1) * tokens + scored  # the last layer computes what is wanted
+        return 2 * (layers * tokens * kv + full * others + scored * D * config.vocab_size), 2 * 2 * D * full * tokens
 
 
-def sampler(
-    temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, penalty: float = 1.0, ids: Tensor | None = None
-) -> Callable[[Tensor], int]:
+def sampler(sampling, ids: Tensor) -> Callable[[Tensor], int]:
     """How the next token is chosen from logits (vocab_size,): the largest at temperature 0, else drawn from the
-    smallest set of tokens that holds `top_p` of the probability. Scores of the prompt's `ids` (L,) and of the tokens
-    chosen since are first divided by the repetition penalty, negative ones multiplied (RepetitionPenaltyLogitsProcessor
-    of transformers). Raises ValueError for settings out of range."""
-    if not (0 <= temperature < float("inf") and 0 < top_p <= 1):
-        raise ValueError(f"temperature {temperature} must be 0 or more, top-p {top_p} above 0 and at most 1")
-    if not 0 < penalty < float("inf"):
-        raise ValueError(f"repetition-penalty {penalty} must be above 0; 1 is none")
-    generator, seen = torch.Generator().manual_seed(seed % 2**63), set(() if ids is None else ids.tolist())
+    smallest set of tokens that holds `top_p` of the probability. Before that the scores of tokens that occur in the
+    prompt's ids (L,) or in the answer are divided by the repetition penalty, negative ones multiplied. sampling: an
+    `epvlm.Sampling`. Source: RepetitionPenaltyLogitsProcessor and TopPLogitsWarper of transformers."""
+    generator, seen = torch.Generator().manual_seed(sampling.seed % 2**63), set(ids.tolist())
 
     def choose(logits: Tensor) -> int:
-        if penalty != 1:
-            logits, used = logits.clone(), torch.tensor(sorted(seen), device=logits.device)
-            logits[used] = torch.where(logits[used] < 0, logits[used] * penalty, logits[used] / penalty)
+        if (penalty := sampling.repetition_penalty) != 1:
+            logits, old = logits.clone(), torch.tensor(sorted(seen), device=logits.device)
+            logits[old] = torch.where(logits[old] < 0, logits[old] * penalty, logits[old] / penalty)
         seen.add(token := draw(logits))
         return token
 
     def draw(logits: Tensor) -> int:
-        if temperature == 0:
+        if sampling.temperature == 0:
             return int(logits.argmax())
         logits = logits.cpu().double()  # and the largest taken off: a small temperature must not overflow
-        probability, token = ((logits - logits.max()) / temperature).softmax(-1).sort(descending=True)
-        probability[probability.cumsum(-1) - probability >= top_p] = 0  # what the tokens before it already fill
+        probability, token = ((logits - logits.max()) / sampling.temperature).softmax(-1).sort(descending=True)
+        probability[probability.cumsum(-1) - probability >= sampling.top_p] = 0  # what those before it already fill
         return int(token[torch.multinomial(probability, 1, generator=generator)])
 
     return choose
 
 
-def generate(
-    decoder: Decoder, hidden: Tensor, positions: Tensor, limit: int, stop: set[int], choose, seen: KVCache | None = None
-) -> Iterator[int]:
-    """Yields up to `limit` token ids as they are decided, the one in `stop` that ends the answer included.
-
-    hidden (1, L, hidden_size), positions (3, L): the embedded prompt, or what of it follows `seen`. Token n of the
-    answer stands at the prompt's largest DENSE position + 1 + n on all three axes: not at L + n, since L counts the
-    kept tokens only."""
-    cache = KVCache(decoder.config, (seen.filled if seen else 0) + hidden.shape[1] + limit, hidden, seen)
+def generate(decoder: Decoder, hidden: Tensor, positions: Tensor, cache: KVCache, choose) -> Iterator[int]:
+    """Yields token ids as they are decided, without end; the caller stops. Raises ValueError for scores not finite.
+    hidden (1, L, hidden_size), positions (3, L): the embedded prompt, or what of it follows `cache`. choose: see
+    `sampler`. Token n of the answer stands at the prompt's largest DENSE position + 1 + n on all three axes: not at
+    L + n, since L counts the kept tokens only."""
     hidden, position = decoder(hidden, positions, cache, wanted=1), positions[:, -1:]
-    for n in range(limit):
+    while True:
         logits = decoder.logits(hidden[0, -1])
         if not logits.isfinite().all():
-            dtype = str(hidden.dtype).removeprefix("torch.")
-            other = {"float16": "--dtype bfloat16 or float32", "bfloat16": "--dtype float32"}
-            raise ValueError(f"scores in {dtype} are not finite; try {other.get(dtype, 'other weights with --model')}")
-        token = choose(logits)
-        yield token
-        if token in stop or n == limit - 1:
-            return
+            raise ValueError(f"scores in {hidden.dtype} are not finite; try a wider dtype, or another model")
+        yield (token := choose(logits))
         position = position + 1
-        hidden = decoder(decoder.embed(torch.tensor([[token]], device=hidden.device)), position, cache)
+        hidden = decoder(decoder.embed(torch.tensor([[token]])), position, cache)
+
+
+# What makes it faster on a CPU; the plain formulas are F.linear and F.scaled_dot_product_attention(q, k, v).
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias. A single row in bfloat16 is doubled: that reads the weights a fifth faster."""
+    if x.numel() == x.shape[-1] and x.dtype == torch.bfloat16 and x.device.type == "cpu":
+        return F.linear(x.view(1, -1).expand(2, -1), weight, bias)[:1].view(*x.shape[:-1], -1)
+    return F.linear(x, weight, bias)
+
+
+def attend_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of the last token, which sees all. The query heads that share a key head are passed as that head's
+    queries, so keys and values are not copied: 12 times faster. q (B, heads, 1, head_dim), k and v (B, kv_heads, ...).
+    Returns (B, 1, heads * head_dim)."""
+    out = F.scaled_dot_product_attention(q.view(len(q), k.shape[1], -1, q.shape[-1]), k, v)
+    return out.flatten(1).unsqueeze(1)

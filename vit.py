@@ -3,33 +3,31 @@
 Equations: 1 and 3 (the dense case, nothing dropped), 7 and 8 (Pack), 9 (the transformer g), 10 (the merger MLP_W).
 
 Glossary
-    X_v              the image after smart_resize, (H, W, 3) uint8, H and W multiples of 28 pixels
-    p                patch side, 14 pixels; M_v the merge size, 2 patches; a group is M_v x M_v patches, 28 pixels
-    T                frames of a patch, 2: a still image stands for both
-    N, N'            patches of the dense image, (H/14) * (W/14), and patches kept
-    keep             (grid_h, grid_w) bool, the mask by patch: True keeps, False drops
+    X_v              the image after smart_resize, (T, H, W, 3) uint8, H and W multiples of 28 pixels
+    T                moments of the input, 1 for a still image, which stands for both frames of its moment
+    p                patch side, 14 pixels; M_v the merge size, 2 patches; a group is M_v x M_v patches, 28 x 28 pixels
+    N, N'            patches of the dense input, T * (H/14) * (W/14), and patches kept
+    keep             (T, grid_h, grid_w) bool, the mask by patch: True keeps, False drops
     X~_v, R~^2D      packed patches (N', 1176) and packed rotary angles (N', head_dim/2)
-    z                what the layers pass on, (B, N', embed_dim), in the end
-    Z_v, H_v         the transformer's output (N', embed_dim); visual tokens (groups kept, hidden_size)
-    B                leading batch dimension, 1 when answering
+    z, Z_v           what the layers pass on, (B, N', embed_dim), and the last one's; B is 1 when answering
+    H_v              visual tokens (B, groups kept, hidden_size)
 
 What differs from plain Qwen2-VL: dropped patches are never normalised, embedded, attended to or merged. With every
-patch kept it is plain Qwen2-VL. Module names are the published tensor names.
+patch kept it is plain Qwen2-VL. Module names are the published tensor names. What makes it faster on a CPU comes last.
 """
 
 import math
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from rope2d import cos_sin, group_order, pack, rope_2d, rotate
-
-SCORES = 2**20  # of attention, by head, and
-ROWS = 512  # of the MLP, worked on at once on the CPU: what comes between stays in its cache
 
 
 @dataclass(frozen=True)
@@ -41,12 +39,6 @@ class ImageConfig:
     max_pixels: int = 1003520
     image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
-
-    def __post_init__(self):
-        if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
-            raise ValueError("image_mean and image_std need three values, image_std above 0")
-        if self.min_pixels > self.max_pixels:
-            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
 
 
 @dataclass(frozen=True)
@@ -60,15 +52,9 @@ class VisionConfig:
     hidden_size: int = 3584  # width of the decoder
     in_channels: int = 3
     patch_size: int = 14  # pixels
-    temporal_patch_size: int = 2  # frames; a still image stands for both
+    temporal_patch_size: int = 2  # frames of a moment
     spatial_merge_size: int = 2  # patches
     rope_theta: float = 10000.0
-
-    def __post_init__(self):
-        if self.depth > 999:
-            raise ValueError(f"depth {self.depth} is over 999")
-        if self.embed_dim % (4 * self.num_heads):
-            raise ValueError(f"vision embed_dim {self.embed_dim} is no multiple of 4 x {self.num_heads} heads")
 
     @property
     def group_size(self) -> int:
@@ -76,39 +62,67 @@ class VisionConfig:
         return self.patch_size * self.spatial_merge_size
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
-    """The model's input size (H, W) for an image, in pixels: multiples of `factor`, area within the limits.
-
-    Rounds half to even, as the published preprocessing does: factor 28 takes 42 to 56 and 70 to 56. Raises ValueError
-    when one side is over 200 times the other. Source: smart_resize in transformers' image_processing_qwen2_vl.py."""
+def smart_resize(height: int, width: int, factor: int, limits: ImageConfig) -> tuple[int, int]:
+    """The model's input size (H, W) for an image, in pixels: multiples of `factor`, area within the limits. Rounds half
+    to even: factor 28 takes 42 to 56 and 70 to 56. Raises ValueError if one side is over 200 times the other. Source:
+    smart_resize in transformers' image_processing_qwen2_vl.py."""
     if not 0 < max(height, width) <= 200 * min(height, width):
         raise ValueError(f"an image of {width} x {height} pixels has sides over 200 : 1; crop it")
-    if not 0 < min_pixels <= max_pixels:
-        raise ValueError(f"--min-pixels {min_pixels} must be positive, at most --max-pixels {max_pixels}; change one")
+    if limits.min_pixels > limits.max_pixels:
+        raise ValueError(f"min_pixels {limits.min_pixels} is above max_pixels {limits.max_pixels}; change one")
     h, w = (round(side / factor) * factor for side in (height, width))
-    if h * w > max_pixels:
-        beta = math.sqrt(height * width / max_pixels)
+    if h * w > limits.max_pixels:
+        beta = math.sqrt(height * width / limits.max_pixels)
         h, w = (max(factor, math.floor(side / beta / factor) * factor) for side in (height, width))
-    elif h * w < min_pixels:
-        beta = math.sqrt(min_pixels / (height * width))
+    elif h * w < limits.min_pixels:
+        beta = math.sqrt(limits.min_pixels / (height * width))
         h, w = (math.ceil(side * beta / factor) * factor for side in (height, width))
     return h, w
 
 
-def patchify(pixels: Tensor, patch_size: int = 14, merge: int = 2) -> Tensor:
-    """Patches(X_v) of Eq. 1: pixels (H, W, 3) to (N, 3, p, p), same dtype, group after group."""
-    grid = pixels.unflatten(1, (-1, patch_size)).unflatten(0, (-1, patch_size))  # (grid_h, p, grid_w, p, 3)
-    return group_order(grid.permute(0, 2, 4, 1, 3), merge)
+def read_image(image: str | Path | Image.Image) -> Image.Image:
+    """An image file or a PIL image of any mode, upright, as 8-bit RGB; transparency is laid on white. Raises ValueError
+    that names a file that is no whole image. Warns of grey that `eight_bits` scales."""
+    name = "the image" if isinstance(image, Image.Image) else str(image)
+    try:
+        if not isinstance(image, Image.Image) and not Path(image).is_file():
+            raise ValueError("there is no such file")
+        image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
+        if image.mode[0] in "IF":  # grey of 16 bits; some formats open as 32
+            image = eight_bits(image, name)
+        if image.mode.endswith(("A", "a")) or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:  # Pillow's readers raise errors of many kinds
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name}: cannot be read as an image ({reason}); give an 8-bit PNG or JPEG") from None
+
+
+def eight_bits(image: Image.Image, name: str) -> Image.Image:
+    """Wide grey scaled to 8 bits by the fewest of 8, 10, 12, 14 and 16 bits that hold its largest value: scientific
+    cameras store 10 or 12 bits in files of 16. A warning says how many. Raises ValueError for other values."""
+    grey = np.asarray(image)
+    if image.mode == "F" or not 0 <= grey.min() <= grey.max() <= 65535:
+        raise ValueError("grey of unknown range")
+    bits = next(bits for bits in (8, 10, 12, 14, 16) if grey.max() < 2**bits)
+    warnings.warn(f"{name}: grey values up to {grey.max()}, read as {bits} bits", stacklevel=3)
+    return Image.fromarray((grey.astype(np.int64) * 255 // (2**bits - 1)).astype(np.uint8))
+
+
+def patchify(X_v: Tensor, patch_size: int = 14, merge: int = 2) -> Tensor:
+    """Patches(X_v) of Eq. 1: pixels (T, H, W, 3) to (N, 3, p, p), same dtype, group after group."""
+    grid = X_v.unflatten(2, (-1, patch_size)).unflatten(1, (-1, patch_size))  # (T, grid_h, p, grid_w, p, 3)
+    return group_order(grid.permute(0, 1, 3, 5, 2, 4), merge)
 
 
 def packed_patches(image: Image.Image, keep: Tensor, config: VisionConfig, image_config: ImageConfig) -> Tensor:
-    """X~_v: the kept patches of an RGB image, normalised, each frame standing for all T of a still image.
-
-    keep (grid_h, grid_w) bool also sets the input size, grid * 14 pixels. Returns (N', 3 * T * p * p) float32.
-    Pillow's bicubic filter is part of the model: other resamplers move pixels by up to 23 levels."""
-    height, width = (side * config.patch_size for side in keep.shape)
+    """X~_v: the kept patches of an RGB image, normalised, the image standing for both frames of its moment. keep (1,
+    grid_h, grid_w) bool also sets the input size, grid * 14 pixels. Returns (N', 3 * 2 * p * p) float32. Pillow's
+    bicubic filter is part of the model: other resamplers move pixels by up to 23 levels."""
+    height, width = (side * config.patch_size for side in keep.shape[1:])
     image = image.resize((width, height), Image.Resampling.BICUBIC)
-    X_v = torch.from_numpy(np.array(image))  # (H, W, 3) uint8
+    X_v = torch.from_numpy(np.array(image))[None]  # (1, H, W, 3) uint8
     patches = patchify(X_v, config.patch_size, config.spatial_merge_size)
     patches = pack(patches, group_order(keep, config.spatial_merge_size))  # Eq. 7
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (image_config.image_mean, image_config.image_std))
@@ -138,24 +152,8 @@ class Attention(nn.Module):
     def forward(self, z: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = self.qkv(z).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # each (B, N', heads, head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        out = attend(*(x.transpose(1, 2) for x in (q, k, v)))  # (B, heads, N', head_dim)
         return self.proj(out.transpose(1, 2).flatten(2))
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v, each (B, heads, N', head_dim); N' x N' scores are never held.
-
-    In bfloat16 on the CPU torch's fused kernel reaches 40 % of the rate of plain products: there it is plain products,
-    a head for each thread, on as many scores at once as fit its cache. Scores are then rounded to bfloat16, as in
-    transformers' eager attention."""
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v)
-    at_once, rows, out = torch.get_num_threads(), max(1, SCORES // k.shape[2]), []
-    zero, scale = q.new_zeros(1, 1, 1), q.shape[-1] ** -0.5
-    for some_q, some_k, some_v in zip(*(x.flatten(0, 1).contiguous().split(at_once) for x in (q, k, v)), strict=True):
-        scores = (torch.baddbmm(zero, part, some_k.mT, beta=0, alpha=scale) for part in some_q.split(rows, dim=1))
-        out.append(torch.cat([torch.bmm(part.softmax(dim=-1), some_v) for part in scores], dim=1))
-    return torch.cat(out).view(q.shape)
 
 
 class MLP(nn.Module):
@@ -165,12 +163,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(config.embed_dim * config.mlp_ratio, config.embed_dim)
 
     def forward(self, z: Tensor) -> Tensor:
-        rows = ROWS if z.device.type == "cpu" else z.shape[1]
-        return torch.cat([self.fc2(quick_gelu(self.fc1(part))) for part in z.split(rows, dim=1)], dim=1)
-
-
-def quick_gelu(z: Tensor) -> Tensor:
-    return z * torch.sigmoid(1.702 * z)
+        z = self.fc1(z)
+        return self.fc2(z * torch.sigmoid(1.702 * z))  # QuickGELU
 
 
 class Block(nn.Module):
@@ -183,7 +177,7 @@ class Block(nn.Module):
 
     def forward(self, z: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         z = z + self.attn(self.norm1(z), cos, sin)
-        return z + self.mlp(self.norm2(z))
+        return z + by_rows(self.mlp, self.norm2(z))
 
 
 class Merger(nn.Module):
@@ -196,16 +190,15 @@ class Merger(nn.Module):
         self.ln_q = nn.LayerNorm(config.embed_dim, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(joined, joined), nn.GELU(), nn.Linear(joined, config.hidden_size))
 
-    def forward(self, Z_v: Tensor, keep: Tensor) -> Tensor:
-        """Z_v (B, N', embed_dim); keep (N,) bool in group order. Returns H_v (B, groups kept, hidden_size).
-
+    def forward(self, Z_v: Tensor, rows: Tensor) -> Tensor:
+        """Z_v (B, N', embed_dim); rows (N,) bool, the mask in group order. Returns H_v (B, groups kept, hidden_size).
         A group survives if any of its patches does. What it lacks (only with the paper's literal 14-pixel mask) enters
         as zeros in its own slot: with patches a and d of a group kept, its four rows are a, 0, 0, d."""
-        members = keep.view(-1, self.slots)
+        members = rows.view(-1, self.slots)
         members = members[members.any(dim=1)]  # (groups kept, M_v^2)
         if not members.all():
             whole = Z_v.new_zeros(len(Z_v), members.numel(), Z_v.shape[-1])
-            whole[:, members.flatten().nonzero().squeeze(1)] = Z_v
+            whole[:, members.flatten()] = Z_v
             Z_v = whole
         return self.mlp(self.ln_q(Z_v).unflatten(1, (-1, self.slots)).flatten(2))
 
@@ -221,10 +214,11 @@ class VisionTransformer(nn.Module):
         self.merger = Merger(config)
 
     def forward(self, patches: Tensor, keep: Tensor) -> Tensor:
-        """patches (B, N', 1176) in the weights' dtype; keep (grid_h, grid_w) bool. Returns (B, tokens, hidden_size)."""
-        config, merge = self.config, self.config.spatial_merge_size
-        rows = group_order(keep, merge).cpu()  # (N,) bool, in the order of the patches
-        R_2D = rope_2d(*keep.shape, config.embed_dim // config.num_heads, config.rope_theta, merge)
+        """patches (B, N', 1176) in the weights' dtype; keep (T, grid_h, grid_w) bool. Returns H_v (B, groups kept,
+        hidden_size)."""
+        config = self.config
+        rows = group_order(keep, config.spatial_merge_size)  # (N,) bool, in the order of the patches
+        R_2D = rope_2d(keep.shape, config.embed_dim // config.num_heads, config.rope_theta, config.spatial_merge_size)
         cos, sin = cos_sin(pack(R_2D, rows).to(patches.device))  # Eq. 8: computed on the dense grid, then packed
         z = self.patch_embed(patches)
         for block in self.blocks:
@@ -232,12 +226,32 @@ class VisionTransformer(nn.Module):
         return self.merger(z, rows)  # Eq. 10; with nothing dropped, Eq. 3
 
     def flops(self, patches: int, groups: int) -> tuple[int, int]:
-        """FLOPs of `forward` for so many patches and groups kept, a multiply-add being two: those of the linear layers,
-        which grow with the patches, and those of attention (q k and its product with v), which grow with their square.
-        Norms, activations, softmax and rotations are left out: 1 %."""
-        config, E = self.config, self.config.embed_dim
-        pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2  # of a patch
-        block = 4 * E * E + 2 * E * E * config.mlp_ratio  # qkv and proj, fc1 and fc2
-        joined = E * config.spatial_merge_size**2
-        linear = patches * (pixels * E + config.depth * block) + groups * joined * (joined + config.hidden_size)
-        return 2 * linear, 2 * config.depth * 2 * patches**2 * E
+        """FLOPs of `forward` for so many patches and groups kept, a multiply-add being two: of the linear layers, and
+        of attention (q k and its product with v). Norms, activations, softmax and rotations are left out: 1 %."""
+        size = {name: sum(p.numel() for p in part.parameters() if p.ndim > 1) for name, part in self.named_children()}
+        linear = patches * (size["patch_embed"] + size["blocks"]) + groups * size["merger"]
+        return 2 * linear, 2 * self.config.depth * 2 * patches**2 * self.config.embed_dim
+
+
+# What makes it faster on a CPU. SCORES of a head, and ROWS of the MLP, are computed at once: they fit its cache.
+
+SCORES, ROWS = 2**20, 512
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """F.scaled_dot_product_attention(q, k, v), each (B, heads, N', head_dim); never holds N' x N' scores. In bfloat16
+    on the CPU torch's fused kernel reaches 40 % of the rate of plain products. There it is plain products, a head for
+    each thread: 1.5 times faster. Scores then round to bfloat16, as in transformers' eager attention."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v)
+    at_once, rows, out = torch.get_num_threads(), max(1, SCORES // k.shape[2]), []
+    zero, scale = q.new_zeros(1, 1, 1), q.shape[-1] ** -0.5
+    for some_q, some_k, some_v in zip(*(x.flatten(0, 1).contiguous().split(at_once) for x in (q, k, v)), strict=True):
+        scores = (torch.baddbmm(zero, part, some_k.mT, beta=0, alpha=scale) for part in some_q.split(rows, dim=1))
+        out.append(torch.cat([torch.bmm(part.softmax(dim=-1), some_v) for part in scores], dim=1))
+    return torch.cat(out).view(q.shape)
+
+
+def by_rows(mlp: nn.Module, z: Tensor) -> Tensor:
+    """mlp(z), on the CPU some rows at a time: 13 % faster at 4096 patches. z (B, N', embed_dim)."""
+    return torch.cat([mlp(part) for part in z.split(ROWS if z.device.type == "cpu" else z.shape[1], dim=1)], dim=1)

@@ -3,46 +3,39 @@
     python examples/evidence.py                    2,000 questions and more, a few minutes
     python examples/evidence.py --questions 200    fewer
 
-The table goes to standard output, as Markdown. Every selector keeps the same number of groups of 28 x 28 pixels but
-those that cannot: literal Eq. 6 keeps what ties, 14-pixel cells keep a group of which any patch is kept, and a smaller
-image has the largest grid of at most so many groups that distorts the image by no more than 1.5.
+The table goes to standard output, as Markdown. The selectors keep the same number of groups of 28 x 28 pixels, with
+three exceptions: literal Eq. 6 also keeps what ties, 14-pixel cells keep every group with a patch that is kept, and a
+smaller image has the largest grid of at most so many groups that stretches the image by at most 1.5.
 
 Columns
-    moving, still    right answers of a hundred, to questions about moving and about still things, with their 95 %
-                     interval (see `accuracy`)
-    how many, all    the same, to questions that count, to which all things matter; and to all the questions
+    moving, still    correct answers of a hundred, to questions about moving and about still things, with the 95 %
+                     interval (see `accuracy` in common.py)
+    how many, all    the same, to questions that count, to which all things matter; and to all questions
     tokens           visual tokens in the prompt, mean
-    MFLOPs           of the prompt up to its first answer token, attention included, mean
+    MFLOPs           up to the first token of the answer, attention included, mean
     ms               processor time of one question alone, one thread: mask, packing, transformer, first token; median
 """
 
-import os
-import signal
-import sys
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # while the libraries load
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
 import math
+import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import scenes
-from epvlm import EPVLM, Prompt
-from events import Events, Parser, budget, exit_status
-from llm import mrope_positions
-from train_tiny import ask, score
+from camera import CameraOptions
+from common import TINY, Parser, accuracy, exit_status
+from epvlm import EPVLM, Options, Sampling, View
+from events import Events, budget
+from train_tiny import score
 
-TINY = Path(__file__).resolve().parent / "tiny"
 SPARSITIES = (0.3, 0.5, 0.7, 0.9)
 QUESTIONS = 8  # of a scene, at most
 TIMED = 20  # scenes
@@ -67,61 +60,51 @@ class Sample:
         return budget(self.image.height // 28 * (self.image.width // 28), 1 - sparsity)
 
 
-def dense(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
-    return model.prompt(sample.image, None, question)
+def dense(model: EPVLM, sample: Sample, sparsity: float) -> View:
+    return model.look(sample.image)
 
 
-def events(model: EPVLM, sample: Sample, sparsity: float, question: str, **options) -> Prompt:
-    return model.prompt(sample.image, sample.events, question, sparsity, sensor=sample.image.size, **options)
+def events(model: EPVLM, sample: Sample, sparsity: float, **options) -> View:
+    return model.look(sample.image, sample.events, Options(sparsity, sensor=sample.image.size, **options))
 
 
-def literal(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
-    return events(model, sample, sparsity, question, ties="literal")
+def noisy(model: EPVLM, sample: Sample, sparsity: float) -> View:
+    return events(model, replace(sample, events=sample.noisy), sparsity)
 
 
-def cells(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
-    return events(model, sample, sparsity, question, cell="patch")
-
-
-def noisy(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
-    return events(model, replace(sample, events=sample.noisy), sparsity, question)
-
-
-def without_eq8(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
+def without_eq8(model: EPVLM, sample: Sample, sparsity: float) -> View:
     """The groups that events keep, but numbered as if they were the image's first in the transformer of Eq. 9; in the
     decoder each stands where it does in the image."""
-    prompt = events(model, sample, sparsity, question)
-    first = torch.arange(prompt.keep.numel()).view(prompt.keep.shape) < prompt.tokens
-    return replace(prompt, keep_patches=first.repeat_interleave(2, 0).repeat_interleave(2, 1))
+    view = events(model, sample, sparsity)
+    first = torch.arange(view.groups.numel()).view(view.groups.shape) < view.groups.sum()
+    return replace(view, keep=first.repeat_interleave(2, 1).repeat_interleave(2, 2))
 
 
-def recomputed(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
+def recomputed(model: EPVLM, sample: Sample, sparsity: float) -> View:
     """The same, and numbered so in the decoder too."""
-    prompt = without_eq8(model, sample, sparsity, question)
-    first = prompt.keep_patches[::2, ::2]
-    positions = mrope_positions(prompt.image_start, first, len(prompt.input_ids) - prompt.image_end)
-    return replace(prompt, keep=first, position_ids=positions)
+    view = without_eq8(model, sample, sparsity)
+    return replace(view, groups=view.keep[:, ::2, ::2])
 
 
-def random(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
+def random(model: EPVLM, sample: Sample, sparsity: float) -> View:
     chance = np.random.default_rng((sample.seed, 1)).random(sample.shape)
-    return model.prompt(sample.image, chance, question, sparsity)  # any map can stand in the place of E_v
+    return model.look(sample.image, chance, Options(sparsity))  # any map can stand in the place of E_v
 
 
-def spread(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
+def spread(model: EPVLM, sample: Sample, sparsity: float) -> View:
     equal = np.ones(sample.shape)  # all tie: the evenly spread order decides
-    return model.prompt(sample.image, equal, question, sparsity)
+    return model.look(sample.image, equal, Options(sparsity))
 
 
-def gradient(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
+def gradient(model: EPVLM, sample: Sample, sparsity: float) -> View:
     down, right = np.gradient(np.asarray(sample.image.convert("L"), dtype=np.float64))
-    return model.prompt(sample.image, np.hypot(down, right), question, sparsity)
+    return model.look(sample.image, np.hypot(down, right), Options(sparsity))
 
 
-def smaller(model: EPVLM, sample: Sample, sparsity: float, question: str) -> Prompt:
+def smaller(model: EPVLM, sample: Sample, sparsity: float) -> View:
     height, width = shrunk(*sample.shape, sample.budget(sparsity))
     image = sample.image.resize((width, height), Image.Resampling.BICUBIC)
-    return model.prompt(image, None, question, min_pixels=height * width, max_pixels=height * width)
+    return model.look(image, options=Options(min_pixels=height * width, max_pixels=height * width))
 
 
 def shrunk(height: int, width: int, groups: int) -> tuple[int, int]:
@@ -133,11 +116,11 @@ def shrunk(height: int, width: int, groups: int) -> tuple[int, int]:
     return 28 * h, 28 * w
 
 
-SELECTORS: dict[str, Callable] = {
+SELECTORS: dict[str, Callable] = {  # of model, sample and sparsity; a rule of one's own goes here
     "events (ours)": events,
     "events, noisy camera": noisy,
-    "events, literal Eq. 6": literal,
-    "events, 14 px cells": cells,
+    "events, literal Eq. 6": partial(events, rule="literal"),
+    "events, 14 px cells": partial(events, cell="patch"),
     "events, without Eq. 8": without_eq8,
     "events, positions recomputed": recomputed,
     "image gradient": gradient,
@@ -177,7 +160,7 @@ def samples(count: int) -> Iterator[Sample]:
     for seed in range(scenes.TRAIN):
         scene = scenes.scene(seed)
         questions = chosen(scene, seed)
-        recordings = scenes.record(scene), scenes.record(scene, spread=0.05, noise=2.0, seed=seed)
+        recordings = scenes.record(scene), scenes.record(scene, CameraOptions(spread=0.05, noise=2.0, seed=seed))
         yield Sample(Image.fromarray(scenes.render(scene)), *recordings, seed, questions)
         asked += len(questions)
         if asked >= count:
@@ -185,49 +168,34 @@ def samples(count: int) -> Iterator[Sample]:
 
 
 @torch.inference_mode()
-def answers(model: EPVLM, prompt: Prompt, questions: list[scenes.Question]) -> list[bool]:
-    """Whether each of the questions is answered rightly in the place of the prompt's."""
-    H_v = model.vit(prompt.patches[None], prompt.keep_patches)
-    return score(model, H_v, prompt.keep, *ask(model, questions))[1].tolist()
+def answers(model: EPVLM, view: View, questions: list[scenes.Question]) -> list[bool]:
+    """Whether each of the questions about a view is answered correctly."""
+    H_v = model.vit(view.patches[None], view.keep)
+    return score(model, H_v, view.groups, questions)[1].tolist()
 
 
 def examine(model: EPVLM, choose: Callable, sample: Sample, sparsity: float, tally: Tally) -> list[bool]:
     """Asks all the questions of a sample, once its groups are chosen; returns which answers are right."""
-    prompt = choose(model, sample, sparsity, sample.questions[0].text)
-    right = answers(model, prompt, sample.questions)
+    view = choose(model, sample, sparsity)
+    right = answers(model, view, sample.questions)
     for name, belongs in COLUMNS.items():
         known = [ok for question, ok in zip(sample.questions, right, strict=True) if belongs(question)]
         tally.right[name].append((sum(known), len(known)))
-    tally.flops.append(model.flops(prompt)[0])
-    tally.tokens.append(int(prompt.keep.sum()))
+    tally.flops.append(model.flops(view, sample.questions[0].text)[0])
+    tally.tokens.append(int(view.groups.sum()))
     return right
 
 
 def clock(model: EPVLM, choose: Callable, sample: Sample, sparsity: float) -> float:
     """Processor seconds from image and events to the first token of an answer."""
     start = time.process_time()
-    next(model.tokens(choose(model, sample, sparsity, sample.questions[0].text), max_new_tokens=1))
+    next(model.tokens(choose(model, sample, sparsity), sample.questions[0].text, Sampling(max_new_tokens=1)))
     return time.process_time() - start
 
 
-def accuracy(by_scene: list[tuple[int, int]]) -> str:
-    """Right answers of a hundred and Wilson's 95 % interval, "97.1 (95.9-98.0)", from (right, asked) of each scene.
-
-    Answers about one scene are not independent: n is the number of questions that, if they were, would vary as much.
-    """
-    right, n = (sum(part) for part in zip(*by_scene, strict=True)) if by_scene else (0, 0)
-    if not n:
-        return "none asked"
-    p, z = right / n, 1.96
-    variance = sum((ok - p * asked) ** 2 for ok, asked in by_scene) / n**2  # of p
-    n = min(n, p * (1 - p) / variance) if variance else n
-    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
-    return f"{100 * p:.1f} ({100 * low:.1f}–{100 * high:.1f})"
-
-
 def guesses(questions: list[scenes.Question], seen: list[scenes.Question]) -> list[str]:
-    """By column, right answers of a hundred for who gives each form of question the answer most frequent in `seen`."""
+    """By column, correct answers of a hundred for a guess: each form of question gets its most frequent answer in
+    `seen`."""
 
     def form(question: scenes.Question) -> tuple[str, ...]:
         return tuple(
@@ -261,13 +229,13 @@ def kinds(questions: list[scenes.Question], right: list[bool]) -> str:
     """Right and asked of each kind of question, in words."""
     asked = Counter(question.kind for question in questions)
     known = Counter(question.kind for question, ok in zip(questions, right, strict=True) if ok)
-    told = (f"{kind} {known[kind]} of {asked[kind]}" for kind in scenes.KINDS)
-    return f"{sum(right)} of {len(right)} ({100 * np.mean(right):.1f} %): {', '.join(told)}"
+    shares = ", ".join(f"{kind} {known[kind]} of {asked[kind]}" for kind in scenes.KINDS)
+    return f"{sum(right)} of {len(right)} ({100 * np.mean(right):.1f} %): {shares}"
 
 
 def run(count: int, checkpoint: str | Path) -> None:
     if count < 1:
-        raise ValueError(f"--questions {count}: give 1 or more")
+        raise ValueError(f"questions {count}: give 1 or more")
     torch.set_num_threads(1)
     model = EPVLM.from_pretrained(checkpoint, device="cpu")
     rows = {(0.0, "all of them: dense"): dense}
@@ -291,11 +259,11 @@ def run(count: int, checkpoint: str | Path) -> None:
     print(table(tallies, guesses(questions, seen)))
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = Parser("evidence", description="Accuracy by how the kept groups are chosen, as a Markdown table.")
     parser.add_argument("--questions", type=int, default=2000, help="at least so many (default: %(default)s)")
     parser.add_argument("--model", default=TINY, help="a checkpoint trained on the scenes (default: examples/tiny)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     return exit_status("evidence", lambda: run(args.questions, args.model))
 
 

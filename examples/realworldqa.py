@@ -1,18 +1,17 @@
-"""RealWorldQA, or any parquet file like it: rows of image, question and answer, two rules for what is right, and the
-file that keeps the answers given.
+"""RealWorldQA, or any parquet file like it: rows of image, question and answer, two rules of scoring, and the file that
+keeps the answers.
 
-Scoring rules; both judge the same answer to the raw question, and whatever is right by the first is so by the second
-    exact            answer and key are equal when both are normalised: white space around, a trailing full stop and
+Scoring rules; both judge the same answer to the raw question, and what is correct by the first is so by the second
+    exact            answer and key are equal once both are normalised: white space around, a trailing full stop and
                      capitals do not count, number words are digits, and the text of an option is its letter
     choice           of a question with lettered options: the answer is an option's text or names just one option's
-                     letter as a capital, and it is the key's; a question without options is judged as by `exact`
+                     letter as a capital, and it is the key's; a question without options is scored as by `exact`
 """
 
 import fcntl
 import glob
 import json
 import re
-import sys
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -23,9 +22,7 @@ from huggingface_hub import snapshot_download
 from PIL import Image, UnidentifiedImageError
 from pyarrow import parquet
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from events import write_whole
+from common import write_whole
 
 COLUMNS = ("image", "question", "answer")
 ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -54,8 +51,10 @@ def find(data: str, revision: str | None = None) -> list[Path]:
         if not place.exists():
             place = Path(snapshot_download(data, repo_type="dataset", revision=revision, allow_patterns="*.parquet"))
     except Exception as error:  # whatever the hub's client, its network library and the disk raise
-        told = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
-        raise ValueError(f"{data}: neither a file nor a dataset that can be downloaded ({told}); correct it") from None
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        raise ValueError(
+            f"{data}: neither a file nor a dataset that can be downloaded ({reason}); correct it"
+        ) from None
     files = sorted(place.rglob("*.parquet"))
     if not files:
         raise ValueError(f"{data}: no .parquet file in it; give the file, or a folder that holds it")
@@ -72,8 +71,8 @@ def count(files: list[Path]) -> int:
             raise ValueError(f"{path}: not a parquet file ({_line(error)}); fetch it again") from None
         for name in COLUMNS:
             if (times := table.schema_arrow.names.count(name)) != 1:
-                told = f"{times} columns {name}; it needs {', '.join(COLUMNS)}, once each"
-                raise ValueError(f"{path}: has {told}")
+                needs = f"it needs {', '.join(COLUMNS)}, once each"
+                raise ValueError(f"{path}: has {times} columns {name}; {needs}")
         total += table.metadata.num_rows
     return total
 
@@ -116,7 +115,7 @@ def _row(cells: dict[str, pyarrow.Scalar]) -> Row | ValueError:
         return Row(Image.open(BytesIO(image)), content["question"], content["answer"])
     except UnidentifiedImageError:
         return ValueError("the row's image is in no known format")
-    except Exception as error:  # Pillow's readers raise of many kinds
+    except Exception as error:  # Pillow's readers raise errors of many kinds
         return ValueError(f"the row's image cannot be read ({_line(error)})")
 
 
@@ -134,10 +133,10 @@ def options(question: str) -> dict[str, str]:
 def normalise(answer: str, question: str = "") -> str:
     """An answer as `exact` compares it. Example: "Two cars." is "2 cars", and "Left" is "a" where A. is Left."""
     text, known = _plain(answer), {}
-    for letter, told in options(question).items():
+    for letter, option in options(question).items():
         letter = letter.lower()
         for form in ("{1}", "{0} {1}", "{0}. {1}", "{0}) {1}", "{0}: {1}", "({0}) {1}", "{0})", "({0})"):
-            known.setdefault(_plain(form.format(letter, told)), set()).add(letter)
+            known.setdefault(_plain(form.format(letter, option)), set()).add(letter)
     letters = {text} if text.upper() in options(question) else known.get(text, set())
     return letters.pop() if len(letters) == 1 else text
 
@@ -152,12 +151,12 @@ def exact(question: str, key: str, answer: str) -> bool:
 
 
 def choice(question: str, key: str, answer: str) -> bool:
-    key, said = normalise(key, question), normalise(answer, question)
+    key, given = normalise(key, question), normalise(answer, question)
     letters = {letter.lower() for letter in options(question)}
-    if key in letters and said not in letters:
+    if key in letters and given not in letters:
         named = {letter.lower() for letter in LETTER.findall(ARTICLE.sub(r"\1", answer))} & letters
         return named == {key}
-    return said == key
+    return given == key
 
 
 ANSWER = {"answer": str, "key": str, "exact": bool, "choice": bool, "tokens": int, "of": int, "linear": int, "all": int,
@@ -214,8 +213,8 @@ class Answers:
         if not whole:
             raise ValueError(f"{part}: holds something else than answers; give another file with --answers")
         for key in changed:
-            told = f"made with {key} {was.get(key)!r}, not {self.settings[key]!r}"
-            raise ValueError(f"{part}: {told}; go on with the same, or give another file with --answers")
+            other = f"made with {key} {was.get(key)!r}, not {self.settings[key]!r}"
+            raise ValueError(f"{part}: {other}; go on with the same, or give another file with --answers")
         return records
 
     def append(self, record: dict) -> None:

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from events import Events, Parser, camera, check_output, exit_status, save_events, write_whole
+from camera import IDEAL, CameraOptions, camera, save_events
+from common import Parser, check_output, exit_status, write_whole
+from events import Events
 
 TRAIN = 1_000_000  # the first seed of a training scene
 COLOURS = {
@@ -139,9 +139,9 @@ def render(scene: Scene, time: float = 0.0) -> np.ndarray:
     return np.clip(image + 0.5, 0, 255).astype(np.uint8)
 
 
-def record(scene: Scene, **camera_options) -> Events:
+def record(scene: Scene, options: CameraOptions = IDEAL) -> Events:
     """The events of the motion that ends in the shown frame: nine frames in 40 ms."""
-    return camera(((40_000 * k / 8, render(scene, k / 8 - 1)) for k in range(9)), **camera_options)
+    return camera(((40_000 * k / 8, render(scene, k / 8 - 1)) for k in range(9)), options)
 
 
 def _noise(rng, height: int, width: int, cell: float) -> np.ndarray:
@@ -265,12 +265,12 @@ def write(seed: int, image: Path, events: Path) -> None:
         print(f"{question.text}  {question.answer}  ({question.kind}, {about[question.moving]})")
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = Parser("scenes", description="Writes a scene's frame and events, and prints its questions.")
     parser.add_argument("seed", type=int, help=f"of the scene; below {TRAIN} it is a held-out one")
     parser.add_argument("--image", type=Path, default=Path("scene.png"))
     parser.add_argument("--events", type=Path, default=Path("events.npy"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     return exit_status("scenes", lambda: write(args.seed, args.image, args.events))
 
 

@@ -5,48 +5,44 @@
     torchrun --nproc-per-node 4 examples/table1.py accuracy ...         the same, the rows dealt out to 4 processes
 
 `costs` needs no weights. `accuracy` needs `pip install -r examples/requirements.txt`. The tables go to standard output,
-as Markdown; the scoring rules, `exact` and `choice`, stand in realworldqa.py.
+as Markdown; realworldqa.py has the scoring rules, `exact` and `choice`.
 
 Two counts of FLOPs, a multiply-add being two
     linear           linear layers only, lm_head at every position: what the paper's counter saw, since it does not look
                      into fused attention
-    all              what runs up to the first token of the answer: attention too; lm_head, and the last layer's queries
-                     and MLP, at the last position alone
+    all              what runs up to the first token of the answer: attention too, but lm_head and the last layer's
+                     queries and MLP at the last position alone
 MACs are half of each.
 
-RealWorldQA has no events: unless recorded ones are given, they come from the still image by the event-camera model of
-events.py and a small saccade. Every answer is at once a line of the file that --answers names, so that --resume goes on
-after an interruption at any moment. Seconds are those of mask, prompt and answer; making the events is not in them.
+RealWorldQA has no events: without recordings (--events) the event camera of camera.py makes them from the still image
+and a small saccade. Every answer is at once a line of the file that --answers names, so that --resume goes on after an
+interruption at any moment. Seconds are those of mask, prompt and answer, without those of making the events.
 """
-
-import os
-import signal
-import sys
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # while the libraries load
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
 import json
+import os
 import shutil
+import sys
 import time
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from epvlm import EPVLM, PROMPT_OPTIONS, add_options, check_choices
-from events import Parser, budget, camera, check_output, exit_status, read_events, read_image, saccade
-from evidence import accuracy as interval
+from camera import RADIUS, CameraOptions, camera, saccade
+from common import Parser, accuracy, add_model, check_output, exit_status
+from epvlm import EPVLM, Options, Sampling, add_flags, chosen
+from events import EventMap, Events, budget, read_events
 from llm import Decoder, DecoderConfig
-from vit import VisionConfig, VisionTransformer
+from vit import VisionConfig, VisionTransformer, read_image
 
 try:
     import realworldqa
@@ -103,12 +99,12 @@ def both_counts(vit: VisionTransformer, llm: Decoder, patches: int, groups: int,
 
 def costs(patches: int, text: int) -> None:
     if patches < 4 or patches % 4 or text < 1:
-        raise ValueError(f"--patches {patches} and --text {text}: give a multiple of 4, and 1 or more")
+        raise ValueError(f"patches {patches} and text {text}: give a multiple of 4, and 1 or more")
     print(f"{patches} patches ({patches // 4} tokens), {text} tokens of text and {ENCLOSING} that enclose the image.\n")
     heads = ["model", "sparsity", "params B", "paper"]
     heads += [f"{unit} T {which}" for unit in ("FLOPs", "MACs") for which in ("linear", "paper", "difference", "all")]
     print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
-    told = []
+    remarks = []
     for name, config in MODELS.items():
         vit, llm = modules(config)
         params = sum(parameter.numel() for part in (vit, llm) for parameter in part.parameters()) / 1e9
@@ -117,14 +113,14 @@ def costs(patches: int, text: int) -> None:
             groups = budget(patches // 4, 1 - sparsity)
             found[sparsity] = [n / 1e12 for n in both_counts(vit, llm, 4 * groups, groups, text + ENCLOSING)]
             print(f"| {' | '.join(cost_cells(name, sparsity, params, *found[sparsity]))} |")
-        told += misfits(name, found)
+        remarks += misfits(name, found)
         saved = (f"{1 - found[0.5][n] / found[0.0][n]:.1%}" for n in (0, 1))
-        told.append("{}: sparsity 0.5 saves {} of the linear layers' FLOPs, {} of all.".format(name, *saved))
+        remarks.append("{}: sparsity 0.5 saves {} of the linear layers' FLOPs, {} of all.".format(name, *saved))
     for name, how in (("2B", "as parts of the dense one"), ("7B", "in points")):
         dense, half = (PAPER[name, sparsity].accuracy for sparsity in (0.0, 0.5))
         lost = f"at 0.5 {dense - half:.1f} points, {(dense - half) / dense:.1%} of {dense}"
-        told.append(f"{name}: the paper prints losses of accuracy {how}; {lost}.")
-    print("\n" + "\n".join(f"- {line}" for line in told))
+        remarks.append(f"{name}: the paper prints losses of accuracy {how}; {lost}.")
+    print("\n" + "\n".join(f"- {line}" for line in remarks))
 
 
 def cost_cells(name: str, sparsity: float, params: float, linear: float, everything: float) -> list[str]:
@@ -162,17 +158,13 @@ def run(args: argparse.Namespace) -> None:
     answers.open()
     known = shared(answers.read(), world)
     units = [(row, sparsity) for row in range(min(args.limit or total, total)) for sparsity in args.sparsity]
-    pending: dict[int, list[float]] = {}  # row: sparsities; what was an error is tried again
-    for row, sparsity in units:
-        if "exact" not in known.get((row, sparsity), {}):
-            pending.setdefault(row, []).append(sparsity)
-    mine = {row: pending[row] for row in list(pending)[rank::world]}  # dealt out like cards
+    mine = deal([unit for unit in units if "exact" not in known.get(unit, {})], rank, world)  # errors are tried again
     model = EPVLM.from_pretrained(args.model, args.revision, device, args.dtype)
     own = []
     for number, row in realworldqa.rows(files, set(mine)):
-        for record in ask(model, number, row, mine[number], recordings, args):
-            answers.append(record)
-            own.append(record)
+        for record in ask(model, row, mine[number], partial(events_of, args, recordings, number), args):
+            own.append({"row": number, **record})
+            answers.append(own[-1])
             if sys.stderr.isatty() and rank == 0:
                 show([*known.values(), *own], len(own), sum(map(len, mine.values())))
     known = shared([*known.values(), *own], world)
@@ -185,29 +177,42 @@ def run(args: argparse.Namespace) -> None:
         answers.own.unlink(missing_ok=True)
     else:
         params = sum(parameter.numel() for part in (model.vit, model.llm) for parameter in part.parameters())
-        tell([known[unit] for unit in units], args.sparsity, params)
+        report([known[unit] for unit in units], args.sparsity, params)
+
+
+def deal(units: list[tuple[int, float]], rank: int, world: int) -> dict[int, list[float]]:
+    """The rows of this process, dealt out like cards, each with its sparsities."""
+    pending: dict[int, list[float]] = {}
+    for row, sparsity in units:
+        pending.setdefault(row, []).append(sparsity)
+    return {row: pending[row] for row in list(pending)[rank::world]}
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError for options that cannot be, before any work."""
+    """Raises ValueError for flags out of range or out of place, before any work."""
     if realworldqa is None:
         raise ValueError("pyarrow is not installed; pip install -r examples/requirements.txt")
     args.sparsity = list(dict.fromkeys(args.sparsity))
     for sparsity in args.sparsity:
-        check_choices(sparsity)
+        options(args, sparsity)
+    chosen(args, Sampling)
     if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit {args.limit}: give 1 or more")
+        raise ValueError(f"limit {args.limit}: give 1 or more")
     if args.events is None and (args.sensor or args.window or args.time_unit or args.order):
-        raise ValueError("--sensor, --window, --time-unit and --order are for recorded events; leave them out")
+        raise ValueError("sensor, window, time_unit and order are for recorded events; leave them out")
     check_output(args.answers)
+    CameraOptions(args.threshold)
     next(saccade(np.zeros((1, 1, 3)), args.radius))
-    camera([(0, np.zeros((1, 1))), (1, np.zeros((1, 1)))], args.threshold)
+
+
+def options(args: argparse.Namespace, sparsity: float) -> Options:
+    return chosen(argparse.Namespace(**{**vars(args), "sparsity": sparsity}), Options)
 
 
 def settings(args: argparse.Namespace) -> dict:
     """What answers depend on, as JSON gives it back."""
-    names = ("model", "revision", "data", "data_revision", "events", "radius", "threshold", "time_unit", "order",
-             "max_new_tokens", "dtype", *PROMPT_OPTIONS)  # fmt: skip
+    names = ["model", "revision", "data", "data_revision", "events", "radius", "threshold", "dtype"]
+    names += [each.name for kind in (Options, Sampling) for each in fields(kind) if each.name != "sparsity"]
     return json.loads(json.dumps({name: getattr(args, name) for name in names}, default=str))
 
 
@@ -219,7 +224,7 @@ def processes(device: str | None) -> tuple[int, int, str | None]:
     if world > 1:
         gpu = device == "cuda" or (device is None and torch.cuda.is_available())
         if device not in (None, "cpu", "cuda"):
-            raise ValueError(f"--device {device}: among several processes each has its own; give cpu or cuda")
+            raise ValueError(f"device {device}: among several processes each has its own; give cpu or cuda")
         device = f"cuda:{local}" if gpu else "cpu"
         if gpu:
             torch.cuda.set_device(device)
@@ -248,46 +253,52 @@ def recorded(folder: Path) -> dict[int, Path]:
     return found
 
 
-def answer(model: EPVLM, row, events, sparsity: float, args: argparse.Namespace) -> dict:
-    """Asks a realworldqa.Row, once; what the table needs to know of it."""
-    options = {name: getattr(args, name) for name in PROMPT_OPTIONS}
-    start = time.perf_counter()
-    prompt = model.prompt(row.image, events if sparsity else None, row.question, sparsity, **options)
-    said = "".join(model.stream(prompt, args.max_new_tokens))
-    took = time.perf_counter() - start
-    groups, asked = int(prompt.keep.sum()), (row.question, row.answer, said)
-    linear, everything = both_counts(model.vit, model.llm, len(prompt.patches), groups, len(prompt.input_ids) - groups)
-    return {"answer": said, "key": row.answer, "exact": realworldqa.exact(*asked), "choice": realworldqa.choice(*asked),
-            "tokens": groups, "of": prompt.keep.numel(), "linear": linear, "all": everything,
-            "seconds": round(took, 4)}  # fmt: skip
+def events_of(args, recordings: dict[int, Path] | None, number: int, image: Image.Image) -> Events | EventMap:
+    """The recording of a row; without recordings the event camera's, of a saccade over its image."""
+    if recordings is None:
+        return camera(saccade(np.asarray(image), args.radius), CameraOptions(args.threshold))
+    if number not in recordings:
+        raise ValueError(f"{args.events}: no recording of row {number}")
+    return read_events(recordings[number], args.order, args.time_unit)
 
 
-def ask(model: EPVLM, number: int, row, sparsities: list[float], recordings: dict | None, args) -> Iterator[dict]:
-    """The answers of a row at each sparsity; where it is bad, what is wrong with it."""
+def ask(model: EPVLM, row, sparsities: list[float], find: Callable, args) -> Iterator[dict]:
+    """The answers about a realworldqa.Row at each sparsity; where it is bad, what is wrong with it. find: gives the
+    events of its image."""
     events = None
     for sparsity in sparsities:
-        record = {"row": number, "sparsity": sparsity}
         try:
             if isinstance(row, ValueError):
                 raise row
             row = row._replace(image=read_image(row.image))
             if sparsity and events is None:
-                if recordings is None:
-                    events = camera(saccade(np.asarray(row.image), args.radius), args.threshold)
-                elif number in recordings:
-                    events = read_events(recordings[number], args.order, args.time_unit)
-                else:
-                    raise ValueError(f"{args.events}: no recording of row {number}")
+                events = find(row.image)
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
-                record |= answer(model, row, events, sparsity, args)
-            yield record | ({"warning": str(caught[0].message)} if caught else {})
+                record = answer(
+                    model, row, events if sparsity else None, options(args, sparsity), chosen(args, Sampling)
+                )
+            yield {"sparsity": sparsity, **record} | ({"warning": str(caught[0].message)} if caught else {})
         except (ValueError, MemoryError, torch.OutOfMemoryError) as error:
-            yield record | {"error": " ".join(str(error).split())[:300] or type(error).__name__}
+            yield {"sparsity": sparsity, "error": " ".join(str(error).split())[:300] or type(error).__name__}
+
+
+def answer(model: EPVLM, row, events, options: Options, sampling: Sampling) -> dict:
+    """Asks about a row once; what the table needs of it."""
+    start = time.perf_counter()
+    view = model.look(row.image, events, options)
+    text = "".join(model.stream(view, row.question, sampling))
+    seconds = time.perf_counter() - start
+    groups, asked = int(view.groups.sum()), (row.question, row.answer, text)
+    others = len(model.prompt(view, row.question)[0]) - groups  # tokens
+    linear, everything = both_counts(model.vit, model.llm, len(view.patches), groups, others)
+    return {"answer": text, "key": row.answer, "exact": realworldqa.exact(*asked), "choice": realworldqa.choice(*asked),
+            "tokens": groups, "of": view.groups.numel(), "linear": linear, "all": everything,
+            "seconds": round(seconds, 4)}  # fmt: skip
 
 
 def show(records: list[dict], done: int, total: int) -> None:
-    """The bar on a terminal, with what is right by `exact` so far at each sparsity."""
+    """The bar on a terminal, with the accuracy by `exact` so far at each sparsity."""
     right: dict[float, list[bool]] = {}
     for record in records:
         right.setdefault(record["sparsity"], []).extend([record["exact"]] if "exact" in record else [])
@@ -295,13 +306,13 @@ def show(records: list[dict], done: int, total: int) -> None:
         f"{sparsity:g}: {100 * np.mean(known):.1f} %" for sparsity, known in sorted(right.items()) if known
     )
     bad = sum("error" in record for record in records)
-    told = f"[{'#' * (10 * done // total):10}] {done}/{total} {shares}{f' bad: {bad}' if bad else ''}"
+    line = f"[{'#' * (10 * done // total):10}] {done}/{total} {shares}{f' bad: {bad}' if bad else ''}"
     width = shutil.get_terminal_size().columns
     end = "" if done < total else "\r\033[K"
-    print(f"\r\033[K{told[: width - 1]}{end}", end="", file=sys.stderr, flush=True)
+    print(f"\r\033[K{line[: width - 1]}{end}", end="", file=sys.stderr, flush=True)
 
 
-def tell(records: list[dict], sparsities: list[float], params: int) -> None:
+def report(records: list[dict], sparsities: list[float], params: int) -> None:
     """Prints the table, what could not be asked, and what came with a warning. ValueError if nothing could be asked."""
     answered = [record for record in records if "exact" in record]
     failed, warned = ([r for r in records if key in r] for key in ("error", "warning"))
@@ -331,7 +342,7 @@ def table(answered: list[dict], sparsities: list[float], params: int) -> str:
         cells = [f"{sparsity:g}", f"{params / 1e9:.2f}", paper["params"]]
         for rule in ("exact", "choice"):
             right = [record[rule] for record in here]
-            cells += [interval([(ok, 1) for ok in right]), f"{sum(right)} of {len(right)}"]
+            cells += [accuracy([(ok, 1) for ok in right]), f"{sum(right)} of {len(right)}"]
         cells += [paper["accuracy"], f"{mean['tokens']:.1f}", f"{mean['of']:.1f}"]
         cells += [f"{mean['linear'] / 1e12:.4g}", paper["flops"], f"{mean['linear'] / 2e12:.4g}", paper["macs"]]
         cells += [f"{mean['all'] / 1e12:.4g}", f"{np.median([record['seconds'] for record in here]):.2f}"]
@@ -339,28 +350,30 @@ def table(answered: list[dict], sparsities: list[float], params: int) -> str:
     return "\n".join(lines)
 
 
-def main() -> int:
-    parser = Parser(
-        "table1", description="The paper's Table 1: costs, and accuracy on RealWorldQA.", allow_abbrev=False
-    )
+def main(argv: list[str] | None = None) -> int:
+    about = "The paper's Table 1: costs, and accuracy on RealWorldQA."
+    parser = Parser("table1", description=about, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="costs | accuracy")
-    told = "parameters, FLOPs and MACs; needs no weights"
-    add = commands.add_parser("costs", help=told, allow_abbrev=False).add_argument
+    about = "parameters, FLOPs and MACs; needs no weights"
+    add = commands.add_parser("costs", help=about, allow_abbrev=False).add_argument
     add("--patches", type=int, default=7056, help="of the dense image (default: %(default)s)")
     add("--text", type=int, default=60, help="tokens of text (default: %(default)s)")
-    asked = commands.add_parser("accuracy", help="asks the questions of RealWorldQA", allow_abbrev=False)
+    about = "asks the questions of RealWorldQA"
+    asked = commands.add_parser("accuracy", help=about, allow_abbrev=False, conflict_handler="resolve")
+    add_model(asked)
+    add_flags(asked, Options)
+    add_flags(asked, Sampling)
     add = asked.add_argument
+    add("--sparsity", type=float, nargs="+", default=list(SPARSITIES), help="one or more (default: 0 0.3 0.5 0.7)")
     add("--data", required=True, help="parquet file, folder of such, or dataset on the hub (xai-org/RealworldQA)")
     add("--data-revision", help="branch, tag or commit of that dataset")
     add("--answers", type=Path, default=Path("answers.jsonl"), help="file of all answers (default: %(default)s)")
     add("--resume", action="store_true", help="go on with the answers of an interrupted run")
     add("--limit", type=int, help="ask of the first rows only")
-    add("--sparsity", type=float, nargs="+", default=list(SPARSITIES), help="one or more (default: 0 0.3 0.5 0.7)")
     add("--events", type=Path, help="folder of recordings, 0.npy, 1.npy, ... by row (default: the event camera's)")
-    add("--radius", type=float, default=2.0, help="of the event camera's saccade, pixels (default: %(default)s)")
-    add("--threshold", type=float, default=0.2, help="of the event camera (default: %(default)s)")
-    add_options(asked)
-    args = parser.parse_args()
+    add("--radius", type=float, default=RADIUS, help="of the event camera's saccade, pixels (default: %(default)s)")
+    add("--threshold", type=float, default=CameraOptions.threshold, help="the event camera's (default: %(default)s)")
+    args = parser.parse_args(argv)
     return exit_status("table1", lambda: costs(args.patches, args.text) if args.command == "costs" else run(args))
 
 

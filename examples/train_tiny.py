@@ -1,23 +1,17 @@
-"""Trains the tiny Qwen2-VL of examples/tiny from scratch on the scenes of scenes.py: dense, nothing is ever dropped.
+"""Trains the tiny Qwen2-VL of examples/tiny from scratch on the scenes of scenes.py, dense: nothing is dropped.
 
     python examples/train_tiny.py RUN_FOLDER
 
-It goes on from RUN_FOLDER/state.pt if that is there, so an interruption costs at most 250 steps. RUN_FOLDER/log.txt
-tells the accuracy by kind of question, on scenes not seen before; RUN_FOLDER/model holds the checkpoint as it is then.
+It goes on from RUN_FOLDER/state.pt if there is one, so an interruption costs at most 250 steps. RUN_FOLDER/log.txt
+lists the accuracy by kind of question, on scenes not seen before; RUN_FOLDER/model holds the checkpoint of that time.
 
-The curriculum starts with one thing in a scene and adds things when every kind of question is LEARNED: with several
-from the start, which colour belongs to which shape is not learned in thousands of steps. A batch is images of one size;
-an image is read once, and each of its questions sees it but no other question.
+Training begins with one thing in a scene, and adds things when every kind of question is LEARNED: with several from the
+start, thousands of steps do not teach which colour belongs to which shape. A batch is images of one size; an image is
+read once, and each of its questions sees the image but no other question.
 """
 
-import os
-import signal
-import sys
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # while the libraries load
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
-
 import json
+import sys
 import time
 from collections import Counter, defaultdict, deque
 from pathlib import Path
@@ -31,13 +25,12 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import scenes
-from epvlm import EPVLM, build, published
-from events import Parser, exit_status, write_whole
-from llm import mrope_positions
+from common import Parser, exit_status, write_whole
+from epvlm import EPVLM
+from llm import mrope_positions, prompt_ids
 from vit import ImageConfig, packed_patches
+from weights import Checkpoint, build, published
 
 BATCH, QUESTIONS = 16, 8  # images of a step, questions of an image
 WARM_UP, COOL_DOWN = 200, 0.3  # steps, and the last part of all steps: the learning rate rises, and falls to zero
@@ -119,7 +112,7 @@ def begin(folder: Path) -> EPVLM:
             elif hasattr(module, "weight"):  # RMSNorm
                 torch.nn.init.ones_(module.weight)
     torch.nn.init.normal_(llm.model["embed_tokens"].weight, std=0.02)  # learns several times faster than with 1
-    return EPVLM(vit, llm, tokens, images, {tokens.token_to_id("<|im_end|>")})
+    return EPVLM(Checkpoint(vit, llm, tokens, images))
 
 
 class Shared:
@@ -139,10 +132,10 @@ class Shared:
 def ask(model: EPVLM, questions: list[scenes.Question]) -> tuple[list[int], Tensor, Tensor]:
     """Token ids before the image; of each question what comes after it, the answer and its end included, padded to
     (questions, L) int64; and where the answer stands, (questions, L) bool."""
-    rows = []
+    rows, end = [], model.tokenizer.token_to_id("<|im_end|>")
     for question in questions:
-        before, after = model.text_ids(question.text)
-        rows.append((after, [*model.tokenizer.encode(question.answer).ids, model.special["im_end"]]))
+        before, after = prompt_ids(model.tokenizer, question.text)
+        rows.append((after, [*model.tokenizer.encode(question.answer).ids, end]))
     ids = torch.zeros(len(rows), max(len(after + answer) for after, answer in rows), dtype=torch.int64)
     wanted = torch.zeros(ids.shape, dtype=torch.bool)
     for row, (after, answer) in enumerate(rows):
@@ -151,18 +144,18 @@ def ask(model: EPVLM, questions: list[scenes.Question]) -> tuple[list[int], Tens
     return before, ids, wanted
 
 
-def score(model: EPVLM, H_v: Tensor, keep: Tensor, before: list[int], ids: Tensor, wanted: Tensor):
-    """Loss of each question, and whether greedy decoding answers it rightly: whether every token of the answer, and
+def score(model: EPVLM, H_v: Tensor, groups: Tensor, questions: list[scenes.Question]) -> tuple[Tensor, Tensor]:
+    """Loss of each question, and whether greedy decoding answers it correctly: whether every token of the answer, and
     its end, is the likeliest after those before it.
 
-    H_v (B, tokens, hidden_size) of B images of one size; keep (groups_h, groups_w); the rest from `ask`, as many
-    questions of each image. Returns (questions,) float32, (questions,) bool.
-    """
-    seen = torch.cat((model.llm.embed(torch.tensor(before)).expand(len(H_v), -1, -1), H_v), 1)
-    positions = mrope_positions(len(before), keep, ids.shape[1] - 1)
+    H_v (B, groups kept, hidden_size) of B images of one size; groups (T, groups_h, groups_w) bool; as many questions of
+    each image. Returns (questions,) float32, (questions,) bool."""
+    before, ids, wanted = ask(model, questions)
+    image = torch.cat((model.llm.embed(torch.tensor(before)).expand(len(H_v), -1, -1), H_v), 1)
+    positions = mrope_positions(len(before), groups, ids.shape[1] - 1)
     cache = Shared()
-    model.llm(seen, positions[:, : seen.shape[1]], cache)
-    hidden = model.llm(model.llm.embed(ids[:, :-1]), positions[:, seen.shape[1] :], cache)
+    model.llm(image, positions[:, : image.shape[1]], cache)
+    hidden = model.llm(model.llm.embed(ids[:, :-1]), positions[:, image.shape[1] :], cache)
     wanted, target = wanted[:, 1:], ids[:, 1:][wanted[:, 1:]]
     logits = model.llm.logits(hidden[wanted])
     right = torch.ones_like(wanted)
@@ -171,12 +164,12 @@ def score(model: EPVLM, H_v: Tensor, keep: Tensor, before: list[int], ids: Tenso
     return losses.sum(1) / wanted.sum(1), right.all(1)
 
 
-def batch(model: EPVLM, step: int, things: tuple[int, int]):
-    """The scenes of a step: patches (B, N, 1176), the mask that keeps all (grid_h, grid_w), and their questions."""
+def batch(model: EPVLM, step: int, things: tuple[int, int]) -> tuple[Tensor, Tensor, list[scenes.Question]]:
+    """The scenes of a step: patches (B, N, 1176), the mask that keeps all (1, grid_h, grid_w), and their questions."""
     first = scenes.TRAIN + step * BATCH
     size = scenes.scene(first).size
     shown = [scenes.scene(first + k, things, size) for k in range(BATCH)]
-    keep = torch.ones(size[0] // 14, size[1] // 14, dtype=torch.bool)
+    keep = torch.ones(1, size[0] // 14, size[1] // 14, dtype=torch.bool)
     images = [Image.fromarray(scenes.render(scene)) for scene in shown]
     patches = torch.stack([packed_patches(image, keep, model.vit.config, model.image_config) for image in images])
     asked = [scenes.choose(scenes.questions(scene), QUESTIONS, first + k) for k, scene in enumerate(shown)]
@@ -209,9 +202,9 @@ class Training:
         """Goes on from a state that `save` wrote; ValueError for any other file."""
         try:
             self._take(torch.load(path, weights_only=True))
-        except Exception as error:  # a damaged file raises of many kinds
-            fault = f"no state of this training ({type(error).__name__})"
-            raise ValueError(f"{path}: {fault}; remove it to begin anew, or give another folder") from None
+        except Exception as error:  # a damaged file raises errors of many kinds
+            what = f"not a state of this training ({type(error).__name__})"
+            raise ValueError(f"{path}: {what}; remove it to begin anew, or give another folder") from None
 
     def _take(self, state: dict) -> None:
         self.step, self.stage = state["step"], state["stage"]
@@ -238,7 +231,7 @@ class Training:
         patches, keep, questions = batch(self.model, self.step, STAGES[self.stage])
         with sdpa_kernel(SDPBackend.MATH):  # at this size the fused kernel's backward pass is the slower one
             H_v = self.model.vit(patches.bfloat16(), keep)
-            losses, right = score(self.model, H_v, keep[::2, ::2], *ask(self.model, questions))
+            losses, right = score(self.model, H_v, keep[:, ::2, ::2], questions)
             often = Counter(question.kind for question in questions)
             share = torch.tensor([1 / often[question.kind] for question in questions]) / len(often)
             loss = (losses * share).sum()  # all kinds count alike
@@ -268,30 +261,30 @@ class Training:
             self.recent.clear()
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = Parser("train_tiny", description="Trains the tiny Qwen2-VL on made-up scenes.")
     parser.add_argument("folder", type=Path, help="of the run; it goes on from what is there")
     parser.add_argument("--steps", type=int, default=9000, help="in all (default: %(default)s)")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate (default: %(default)s)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     return exit_status("train_tiny", lambda: train(args.folder, args.steps, args.rate))
 
 
 def train(folder: Path, steps: int, rate: float) -> None:
-    """Up to step `steps`; saves at every 250th, tells the accuracy at every 50th."""
+    """Up to step `steps`; saves at every 250th, logs the accuracy at every 50th."""
     if steps < 1 or not 0 < rate < 1:
-        raise ValueError(f"--steps {steps} and --rate {rate:g}: give 1 or more, and a rate between 0 and 1")
+        raise ValueError(f"steps {steps} and rate {rate:g}: give 1 or more, and a rate between 0 and 1")
     training = Training(folder, steps, rate)
     print(f"from step {training.step} to {steps}", file=sys.stderr)
     start, losses = time.monotonic(), []
     while training.step < steps:
         losses.append(training.advance())
         if training.step % 50 == 0:
-            told = f"step {training.step} stage {training.stage} loss {np.mean(losses[-50:]):.4f}"
-            told += "".join(f" {kind} {value:.3f}" for kind, value in training.accuracy().items())
+            line = f"step {training.step} stage {training.stage} loss {np.mean(losses[-50:]):.4f}"
+            line += "".join(f" {kind} {value:.3f}" for kind, value in training.accuracy().items())
             with (folder / "log.txt").open("a") as log:
                 for file in (log, sys.stderr):
-                    print(f"{told} ({time.monotonic() - start:.0f} s)", file=file)
+                    print(f"{line} ({time.monotonic() - start:.0f} s)", file=file)
             training.open_stage()
         if training.step % 250 == 0 or training.step == steps:
             training.save()

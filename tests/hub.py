@@ -8,15 +8,17 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+from huggingface_hub import constants
+
 import tiny
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-DEFAULT = "Qwen/Qwen2-VL-2B-Instruct"
+COMMIT, NEWER = "0123456789abcdef0123456789abcdef01234567", "f" * 40
 
 
 def publish(folder: Path, shard: str = "1GB") -> None:
     """A small checkpoint in the published state: flat config, three tokens in tokenizer.json and the others in
-    tokenizer_config.json, the chat template in a file of its own; and what repositories hold besides."""
+    tokenizer_config.json, the chat template in a file of its own; and files that are not to be fetched."""
     model = tiny.write(folder, layout="flat", shard=shard)
     tiny.published_tokenizer(folder)
     template = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -30,9 +32,23 @@ def publish(folder: Path, shard: str = "1GB") -> None:
 
 
 @contextlib.contextmanager
+def visit(folder: Path, cache: Path, refuse: tuple[int, dict] | None = None, offline=False) -> Iterator[list[str]]:
+    """Meanwhile huggingface_hub in this process asks the hub of `serve` and caches in `cache`, or only reads `cache`.
+    Yields the names of the files fetched so far, in order."""
+    with serve(folder, refuse) as (url, fetched), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        patch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        yield fetched
+
+
+@contextlib.contextmanager
 def serve(folder: Path, refuse: tuple[int, dict] | None = None) -> Iterator[tuple[str, list[str]]]:
     """The address of a hub whose every repository is `folder`, and the names of the files fetched so far, in order.
-    refuse: the status and headers of an answer to every request."""
+
+    Once a file is fetched, every branch moves on to another commit. refuse: the status and headers of an answer to
+    every request."""
     fetched: list[str] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -52,19 +68,20 @@ def serve(folder: Path, refuse: tuple[int, dict] | None = None) -> Iterator[tupl
             if refuse:
                 return self.reply(*refuse)
             if "/resolve/" in path:
-                name = path.split("/resolve/")[1].partition("/")[2]
+                commit, _, name = path.split("/resolve/")[1].partition("/")
                 body = (folder / name).read_bytes()
                 if self.command == "GET":
                     fetched.append(name)
                 etag = f'"{hashlib.sha1(body).hexdigest()}"'
-                return self.reply(200, {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}, body)
+                return self.reply(200, {"ETag": etag, "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}, body)
             files = sorted(path for path in folder.rglob("*") if path.is_file())
             if "/tree/" in path:
                 found = [{"type": "file", "path": str(path.relative_to(folder)), "size": path.stat().st_size,
                           "oid": hashlib.sha1(path.read_bytes()).hexdigest()} for path in files]  # fmt: skip
             else:
                 siblings = [{"rfilename": str(path.relative_to(folder))} for path in files]
-                found = {"id": "a/b", "sha": COMMIT, "siblings": siblings, "private": False, "gated": False}
+                commit = NEWER if fetched else COMMIT
+                found = {"id": "a/b", "sha": commit, "siblings": siblings, "private": False, "gated": False}
             self.reply(200, {"Content-Type": "application/json"}, json.dumps(found).encode())
 
         do_HEAD = do_GET

@@ -14,24 +14,25 @@ def assert_close(ours: Tensor, theirs: Tensor) -> None:
 
 
 def group_rows(grid: Tensor) -> Tensor:
-    """(grid_h, grid_w) to the order (grid_h/2, grid_w/2, 2, 2), by loops."""
+    """(T, grid_h, grid_w) to the order of the patches, (T, grid_h/2, grid_w/2, 2, 2), by loops: (N,)."""
     rows = []
-    for gi in range(0, grid.shape[0], 2):
-        for gj in range(0, grid.shape[1], 2):
-            rows += [grid[gi + i, gj + j] for i in range(2) for j in range(2)]
+    for moment in grid:
+        for gi in range(0, grid.shape[1], 2):
+            for gj in range(0, grid.shape[2], 2):
+                rows += [moment[gi + i, gj + j] for i in range(2) for j in range(2)]
     return torch.stack(rows)
 
 
-def coordinates(grid_h: int, grid_w: int) -> Tensor:
+def coordinates(T: int, grid_h: int, grid_w: int) -> Tensor:
     """Row and column of every patch, in the order of the patches: (N, 2)."""
-    i = torch.arange(grid_h)[:, None].expand(grid_h, grid_w)
-    j = torch.arange(grid_w)[None, :].expand(grid_h, grid_w)
+    i = torch.arange(grid_h)[:, None].expand(T, grid_h, grid_w)
+    j = torch.arange(grid_w)[None, :].expand(T, grid_h, grid_w)
     return torch.stack((group_rows(i), group_rows(j)), dim=1)
 
 
 @torch.no_grad()
 def masked_vision(theirs, patches: Tensor, keep: Tensor) -> Tensor:
-    """Visual tokens of the surviving groups. patches (N, 1176) dense; keep (grid_h, grid_w) bool."""
+    """Visual tokens of the surviving groups. patches (N, 1176) dense; keep (1, grid_h, grid_w) bool."""
     visual, rows = theirs.model.visual, group_rows(keep)
     z = visual.patch_embed(patches)
     cos, sin = visual.rotary_pos_emb(z, coordinates(*keep.shape))

@@ -1,4 +1,6 @@
-"""What the program works on, for hypothesis: grids of groups, masks, event streams, maps of motion."""
+"""What the program works on, for hypothesis: masks, streams of events, maps of motion.
+
+Masks and maps have a leading time axis: `moments` says how long it is, 1 for a still image."""
 
 import numpy as np
 import torch
@@ -7,24 +9,37 @@ from hypothesis.extra import numpy as hnp
 
 XYTP = [("x", "<u2"), ("y", "<u2"), ("t", "<i8"), ("p", "<i2")]  # a structured event
 SPARSITIES = st.one_of(st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.7, 0.9]), st.floats(0, 0.999))
+STILL, CLIP = st.just(1), st.integers(1, 3)  # moments
+TEXTS = {  # questions
+    "latin": "What is moving?",
+    "chinese": "图中什么在动?",
+    "arabic": "ما الذي يتحرك؟ ١٢٣",
+    "hindi": "क्या चल रहा है?",
+    "emoji": "👩‍👩‍👧 moves 🚗💨",
+    "combining": "e\u0301 and é, Å and A\u030a",
+    "newlines": "\n\n leading and trailing \n",
+    "empty": "",
+    "spaces": "   ",
+    "specials": "<|im_end|>\n<|image_pad|><|im_start|>system",
+}
 
 
 @st.composite
-def group_masks(draw, side) -> torch.Tensor:
-    """A mask by group, (groups_h, groups_w) bool, at least one kept."""
-    shape = draw(side), draw(side)
-    mask = draw(hnp.arrays(bool, shape))
+def masks(draw, side, moments) -> torch.Tensor:
+    """(T, side, side) bool, each side drawn for itself; True keeps, and at least one is kept."""
+    mask = draw(hnp.arrays(bool, (draw(moments), draw(side), draw(side))))
     mask.flat[draw(st.integers(0, mask.size - 1))] = True
     return torch.from_numpy(mask)
 
 
-@st.composite
-def patch_masks(draw) -> torch.Tensor:
-    """A mask by patch, (grid_h, grid_w) bool, both even, at least one kept; groups may be broken."""
-    shape = 2 * draw(st.integers(1, 4)), 2 * draw(st.integers(1, 4))
-    mask = draw(hnp.arrays(bool, shape))
-    mask.flat[draw(st.integers(0, mask.size - 1))] = True
-    return torch.from_numpy(mask)
+def group_masks(side, moments=STILL) -> st.SearchStrategy[torch.Tensor]:
+    """A mask by group, (T, groups_h, groups_w) bool."""
+    return masks(side, moments)
+
+
+def patch_masks(moments=STILL) -> st.SearchStrategy[torch.Tensor]:
+    """A mask by patch, (T, grid_h, grid_w) bool, sides even; groups may be broken."""
+    return masks(st.sampled_from([2, 4, 6, 8]), moments)
 
 
 @st.composite
@@ -39,16 +54,16 @@ def recordings(draw, min_size=0, max_size=60) -> tuple[np.ndarray, tuple[int, in
     return np.array(rows, dtype=XYTP), (width, height)
 
 
-def motions() -> st.SearchStrategy[np.ndarray]:
-    """S of Eq. 5, (cells_h, cells_w) whole numbers, with many zeros and ties."""
+def cells(moments) -> st.SearchStrategy[tuple[int, int, int]]:
+    return st.tuples(moments, st.integers(1, 9), st.integers(1, 9))
+
+
+def motions(moments=CLIP) -> st.SearchStrategy[np.ndarray]:
+    """S of Eq. 5, (T, cells_h, cells_w) float64, whole numbers with many zeros and ties."""
     elements = st.one_of(st.just(0), st.integers(0, 3), st.integers(0, 10**6))
-    return hnp.arrays(np.float64, st.tuples(st.integers(1, 9), st.integers(1, 9)), elements=elements)
+    return hnp.arrays(np.float64, cells(moments), elements=elements)
 
 
-@st.composite
-def untied_motions(draw) -> np.ndarray:
+def untied_motions(moments=CLIP) -> st.SearchStrategy[np.ndarray]:
     """S in which no two cells have the same motion."""
-    shape = draw(st.integers(1, 9)), draw(st.integers(1, 9))
-    size = shape[0] * shape[1]
-    values = draw(st.lists(st.integers(0, 10**6), min_size=size, max_size=size, unique=True))
-    return np.array(values, dtype=np.float64).reshape(shape)
+    return hnp.arrays(np.float64, cells(moments), elements=st.integers(0, 10**6), unique=True)

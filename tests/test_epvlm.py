@@ -1,38 +1,60 @@
-"""The pipeline as a class and as a command line: what it prints, and how it ends when given something it cannot use."""
+"""The class and the command line: look, ask, several questions, what is printed, and how the program ends."""
 
 import dataclasses
+import io
+import itertools
 import os
+import pty
 import re
-import shutil
+import signal
 import subprocess
 import sys
+import threading
+import types
 import warnings
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as theirs
 
 import epvlm
-from epvlm import EPVLM, main
-from llm import sampler
-from strategies import XYTP
-from vit import smart_resize
+import hub
+import tiny
+import weights
+from epvlm import EPVLM, Options, Sampling, main
+from events import RULES, EventMap, read_events, resize
+from fuzz import READERS, fuzz
+from oracles import group_rows
+from strategies import SPARSITIES, XYTP
+from vit import VisionTransformer
 
-PROGRAM = Path(epvlm.__file__)
+ROOT = Path(epvlm.__file__).resolve().parent
+TINY = ROOT / "examples" / "tiny"
 QUESTION = "What is moving?"
-ASK = (QUESTION, "--model", "model", "--max-new-tokens", "1")
+QUESTIONS = [QUESTION, "The red circle moves.", "left of the small square?"]
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (112, 84, 3), dtype=np.uint8))
+MODEL = ("--model", "model", "--max-new-tokens")
+ASK = (QUESTION, *MODEL, "1")
+KEPT = "kept 24 of 48 patches (6 of 12 tokens), 100 events in 0.1 ms"
 
 
-def program(*arguments, env=None, **options):
-    command = [sys.executable, str(PROGRAM), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(env or {})}, **options)
+def program(*arguments, **options) -> subprocess.Popen:
+    """The command line in a process of its own, its output in pipes unless `options` say otherwise."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen([sys.executable, str(ROOT / "epvlm.py"), *arguments], **options)
+
+
+def lines(capsys) -> tuple[list[str], list[str]]:
+    """What was printed since the last call, on standard output and on standard error."""
+    return tuple(text.splitlines() for text in capsys.readouterr())
 
 
 def refused(capsys, *arguments) -> str:
@@ -47,238 +69,536 @@ def refused(capsys, *arguments) -> str:
     return err
 
 
-# What it prints
+def kept(err: list[str]) -> str:
+    """What the lines on standard error say was kept, without the figures of cost, whose form is checked."""
+    form = r"(.*), \d+\.\d\d of \d+\.\d\d [MGT]FLOPs", r"first token after \d+\.\d\d s", r"stopped after \d+ tokens?"
+    found = [re.fullmatch(*pair) for pair in zip(form, err, strict=False)]
+    assert 2 <= len(err) <= 3 and all(found), err
+    return found[0][1]
 
 
-def told(line: str) -> str:
-    """What stderr says was kept, without the figures of cost, whose form is checked."""
-    cost = r"\d+\.\d\d of \d+\.\d\d [MGT]FLOPs\nfirst token after \d+\.\d\d s\n(stopped after \d+ tokens?\n)?"
-    match = re.fullmatch(rf"(.*), {cost}", line)
-    assert match, line
-    return match[1]
+def changed(model: EPVLM, **settings) -> EPVLM:
+    """The same weights with other settings of the checkpoint."""
+    return EPVLM(replace(model.checkpoint, **settings))
 
 
-def test_the_answer_is_on_stdout_and_the_rest_on_stderr(files):
-    done = program("image.png", "events.npy", QUESTION, "--model", "model", "--max-new-tokens", "9", "--device", "cpu")
-    model = EPVLM.from_pretrained("model", device="cpu")
-    assert done.returncode == 0
-    assert done.stdout == model.answer("image.png", "events.npy", QUESTION, max_new_tokens=9) + "\n"
-    assert told(done.stderr) == "kept 24 of 48 patches (6 of 12 tokens), 100 events in 0.1 ms"
-    packed, dense = model.flops(model.prompt("image.png", "events.npy", QUESTION))
-    assert f" {packed / 1e6:.2f} of {dense / 1e6:.2f} MFLOPs\n" in done.stderr and 0 < packed < dense
+def asking(monkeypatch, text: bytes) -> None:
+    """Puts `text` on standard input, as a pipe would."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(text))))
 
 
-def test_options_reach_the_model(files, capsys):
-    arguments = ["image.png", "events.npy", QUESTION, "--model", "model", "--max-new-tokens", "5", "--sparsity", "0.75"]
-    arguments += ["--cell", "patch", "--ties", "exact", "--polarity", "signed", "--window", "1000", "1049"]
-    arguments += ["--temperature", "1.5", "--top-p", "0.9", "--seed", "3", "--dtype", "float32"]
-    arguments += ["--sensor", "84x112", "--max-pixels", "6272"]
-    assert main(arguments) == 0
-    out, err = capsys.readouterr()
-    model = EPVLM.from_pretrained("model", dtype="float32")
-    options = {"sparsity": 0.75, "cell": "patch", "polarity": "signed", "window": (1000, 1049), "max_pixels": 6272}
-    sampling = {"max_new_tokens": 5, "temperature": 1.5, "top_p": 0.9, "seed": 3}
-    assert out == model.answer("image.png", "events.npy", QUESTION, **sampling, **options) + "\n"
-    prompt = model.prompt("image.png", "events.npy", QUESTION, **options)
-    assert told(err) == str(prompt) and ", 50 events in 0.0 ms" in err
+# Options and Sampling
 
 
-def test_none_is_the_dense_image(files, capsys):
-    assert main(["image.png", "none", QUESTION, "--model", "model", "--max-new-tokens", "1"]) == 0
-    assert told(capsys.readouterr().err) == "kept 48 of 48 patches (12 of 12 tokens), no events"
+OUT_OF_RANGE = {
+    Options: {
+        "sparsity": (1.0, -0.1, float("nan")),
+        "cell": ("pixel",),
+        "rule": ("none",),
+        "polarity": ("both",),
+        "window": ((9, 5), (float("nan"), 5), (0, float("inf"))),
+        "order": ("txy", "txyy"),
+        "time_unit": ("h",),
+    },
+    Sampling: {
+        "max_new_tokens": (0, -1),
+        "temperature": (-1, float("nan"), float("inf")),
+        "top_p": (0, 1.1, float("nan")),
+        "repetition_penalty": (0, -1, float("nan"), float("inf")),
+    },
+}
+OUT_OF_RANGE = [(kind, name, value) for kind, of in OUT_OF_RANGE.items() for name in of for value in of[name]]
 
 
-def test_the_prompt_holds_what_is_promised(files):
-    model = EPVLM.from_pretrained("model")
-    prompt = model.prompt(Image.open("image.png"), np.load("events.npy"), QUESTION)
-    length, kept = len(prompt.input_ids), int(prompt.keep.sum())
-    assert prompt.keep.shape == (4, 3) and prompt.keep.dtype == torch.bool and kept == 6
-    assert prompt.patches.shape == (4 * kept, 1176) and prompt.patches.dtype == torch.float32
-    assert (
-        prompt.position_ids.shape == (3, length) and prompt.input_ids.dtype == prompt.position_ids.dtype == torch.int64
-    )
-    assert prompt.keep[:2].all() and not prompt.keep[2:].any()  # the upper half is where the events are
-    assert model.logits(prompt).shape == (length, model.llm.config.vocab_size)
+@pytest.mark.parametrize("kind, name, value", OUT_OF_RANGE)
+def test_what_is_out_of_range_is_named(kind, name, value):
+    with pytest.raises(ValueError, match=f"{name} "):
+        kind(**{name: value})
+
+
+@pytest.mark.parametrize("kind", [Options, Sampling])
+def test_options_are_frozen(kind):
     with pytest.raises(dataclasses.FrozenInstanceError):
-        prompt.keep = None
+        setattr(kind(), fields(kind)[0].name, 0.25)
 
 
-def test_no_events_at_all_warns_and_keeps_evenly_spread_cells(files, capsys):
-    np.save("empty.npy", np.load("events.npy")[:0])
-    assert main(["image.png", "empty.npy", QUESTION, "--model", "model", "--max-new-tokens", "1"]) == 0
-    warning, kept = capsys.readouterr().err.split("\n", 1)
-    assert warning.startswith("epvlm: warning: ") and "no events at all" in warning
-    assert told(kept) == "kept 24 of 48 patches (6 of 12 tokens), 0 events in 0.0 ms"
-    with pytest.warns(UserWarning, match="no events"):
-        keep = EPVLM.from_pretrained("model").prompt("image.png", "empty.npy", QUESTION).keep
-    assert (keep.sum(1) >= 1).all() and (keep.sum(0) >= 1).all()
-    for empty in (np.zeros((0, 4)), np.zeros((9, 9))):
-        with pytest.warns(UserWarning, match="no events"):
-            assert torch.equal(EPVLM.from_pretrained("model").prompt("image.png", empty, QUESTION).keep, keep)
+FLAGS = {  # field: the words of its flag, its value
+    "sparsity": (["0.75"], 0.75),
+    "cell": (["patch"], "patch"),
+    "rule": (["literal"], "literal"),
+    "polarity": (["signed"], "signed"),
+    "sensor": (["84x112"], (84, 112)),
+    "window": (["1e6", "1049000"], [1e6, 1049000.0]),
+    "order": (["ptyx"], "ptyx"),
+    "time_unit": (["ms"], "ms"),
+    "min_pixels": (["784"], 784),
+    "max_pixels": (["6272"], 6272),
+    "system": (["Be brief."], "Be brief."),
+    "max_new_tokens": (["5"], 5),
+    "temperature": (["1.5"], 1.5),
+    "top_p": (["0.9"], 0.9),
+    "seed": (["3"], 3),
+    "repetition_penalty": (["1.1"], 1.1),
+}
+
+
+def test_every_field_is_a_flag_that_reaches_the_model(files, capsys, monkeypatch):
+    seen, look, tokens = [], EPVLM.look, EPVLM.tokens
+    monkeypatch.setattr(EPVLM, "look", lambda *given: seen.append(given[-1]) or look(*given))
+    monkeypatch.setattr(EPVLM, "tokens", lambda *given: seen.append(given[-1]) or tokens(*given))
+    command = ["image.png", "events.npy", QUESTION, "--model", "model", "--dtype", "float32"]
+    assert main(command) == 0
+    assert seen == [Options(), Sampling()] and lines(capsys)
+    words = [word for name, (value, _) in FLAGS.items() for word in (f"--{name.replace('_', '-')}", *value)]
+    assert main([*command, *words]) == 0
+    out, err = capsys.readouterr()
+    expected = [kind(**{each.name: FLAGS[each.name][1] for each in fields(kind)}) for kind in (Options, Sampling)]
+    assert seen[2:] == expected
+    assert out == EPVLM.from_pretrained("model").answer("image.png", "events.npy", QUESTION, *expected) + "\n"
+    assert ", 50 events in 49.0 ms, " in err
+
+
+def test_help_lists_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for each in (*fields(Options), *fields(Sampling)):
+        assert re.search(rf"--{each.name.replace('_', '-')} (?:(?!--).)*\(default: ", text), each.name
+        assert each.default is None or f"(default: {each.default})" in text
+
+
+# Look
+
+
+@pytest.mark.parametrize("cell, S", [("group", (1, 4, 3)), ("patch", (1, 8, 6))])
+def test_shapes_of_a_view(files, cell, S):
+    view = EPVLM.from_pretrained("model").look(Image.open("image.png"), np.load("events.npy"), Options(cell=cell))
+    assert (view.keep.shape, view.groups.shape, view.S.shape) == ((1, 8, 6), (1, 4, 3), S)
+    assert view.keep.dtype == view.groups.dtype == torch.bool and view.S.dtype == np.float64
+    assert view.patches.shape == (24, 1176) and view.patches.dtype == torch.float32
+    assert view.S.sum() == 100 * 112 * 84  # in 1 / (H W) of an event
+    assert view.keep[0, :4].all() and not view.keep[0, 4:].any()  # the upper half is where the events are
+    assert str(view) == KEPT and view.cache is None
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        view.keep = None
+
+
+@given(
+    st.tuples(st.integers(28, 200), st.integers(28, 200)),
+    st.integers(0, 2**32 - 1),
+    SPARSITIES,
+    st.sampled_from(["group", "patch"]),
+    st.sampled_from(list(RULES)),
+)
+def test_a_view_keeps_the_patches_of_the_cells_its_rule_keeps(checkpoint, size, seed, sparsity, cell, rule):
+    model, image = checkpoint.model, Image.effect_noise(size, 90)
+    E_v = np.random.default_rng(seed).integers(-1, 3, (9, 11))
+    view, dense = model.look(image, E_v, Options(sparsity, cell, rule)), model.look(image)
+    H, W = (14 * side for side in dense.keep.shape[1:])
+    cells = np.abs(resize(E_v, H, W)).reshape(view.S.shape[1], -1, view.S.shape[2], W // view.S.shape[2])
+    assert np.array_equal(view.S[0], cells.sum(axis=(1, 3)))  # Eq. 5
+    mask = RULES[rule](view.S, 1 - sparsity)  # Eq. 6
+    assert np.array_equal(view.keep, np.kron(mask, np.ones((1, 2, 2))) if cell == "group" else mask)
+    assert np.array_equal(view.groups, view.keep.numpy().reshape(1, H // 28, 2, W // 28, 2).any(axis=(2, 4)))
+    assert torch.equal(view.patches, dense.patches[group_rows(view.keep)])  # Eq. 7
+
+
+def test_without_events_all_is_kept(files):
+    model = EPVLM.from_pretrained("model")
+    dense, zero = model.look("image.png"), model.look("image.png", "events.npy", Options(sparsity=0))
+    assert dense.S is None and str(dense) == "kept 48 of 48 patches (12 of 12 tokens), no events"
+    assert dense.keep.all() and dense.groups.all()
+    assert torch.equal(dense.patches, zero.patches) and torch.equal(dense.keep, zero.keep)
+
+
+def test_inputs_are_paths_or_what_was_read_from_them(files):
+    model, array = EPVLM.from_pretrained("model"), np.load("events.npy")
+    expected = model.look("image.png", "events.npy")
+    for image in (Path("image.png"), Image.open("image.png")):
+        for events in (Path("events.npy"), array, read_events(array)):
+            view = model.look(image, events)
+            assert torch.equal(view.patches, expected.patches) and str(view) == str(expected)
+
+
+def test_no_events_keep_evenly_spread_cells(checkpoint):
+    keeps = []
+    for empty, words in ((np.zeros(0, XYTP), "no events at all"), (np.zeros((9, 9)), "zero everywhere")):
+        with pytest.warns(UserWarning, match=words):
+            keeps.append(checkpoint.model.look(PICTURE, empty).keep[0])
+    assert torch.equal(*keeps) and keeps[0].sum() == 24
+    assert (keeps[0].sum(1) >= 1).all() and (keeps[0].sum(0) >= 1).all()
 
 
 def test_a_map_needs_no_sensor_and_has_no_times(files):
     model, E_v = EPVLM.from_pretrained("model"), np.zeros((180, 240))
     E_v[100:] = 1
-    prompt = model.prompt("image.png", E_v, QUESTION)
-    assert not prompt.keep[:2].any() and prompt.keep[2:].all() and "map of 240 x 180" in str(prompt)
-    assert torch.equal(model.prompt("image.png", E_v, QUESTION, sensor=[240, 180]).keep, prompt.keep)
-    for options in ({"window": (0, 1)}, {"sensor": (180, 240)}):
-        with pytest.raises(ValueError, match="leave --window and --sensor out"):
-            model.prompt("image.png", E_v, QUESTION, **options)
+    view = model.look("image.png", E_v)
+    assert not view.keep[0, :4].any() and view.keep[0, 4:].all() and "map of 240 x 180" in str(view)
+    for again in (model.look("image.png", E_v, Options(sensor=[240, 180])), model.look("image.png", EventMap(E_v))):
+        assert torch.equal(again.keep, view.keep)
+    for options in (Options(window=(0, 1)), Options(sensor=(180, 240))):
+        with pytest.raises(ValueError, match="leave window and sensor out"):
+            model.look("image.png", E_v, options)
 
 
 def test_the_sensor_may_be_of_another_size(files):
-    model = EPVLM.from_pretrained("model")
     events = np.load("events.npy")
     events["x"], events["y"] = events["x"] * 4, events["y"] * 4
-    prompt = model.prompt("image.png", events, QUESTION, sensor=(336, 448), window=np.array([0, 5000], np.float32))
-    assert prompt.keep[:2].all() and not prompt.keep[2:].any()
+    options = Options(sensor=(336, 448), window=np.array([0, 5000], np.float32))
+    view = EPVLM.from_pretrained("model").look("image.png", events, options)
+    assert view.keep[0, :4].all() and not view.keep[0, 4:].any()
 
 
-def test_progress_counts_the_layers_and_clears_its_line(files, capsys):
-    model = EPVLM.from_pretrained("model")
-    prompt = model.prompt("image.png", "events.npy", QUESTION)
-    epvlm.show_progress(model)
-    model.logits(prompt)
-    shown = "".join(f"\rlayer {n} of 4" for n in (1, 2, 3, 4)) + "\r\033[K"
-    assert capsys.readouterr().err == shown
-    model.logits(prompt)
-    assert capsys.readouterr().err == ""
-
-
-def test_a_recording_in_the_image_s_first_quarter_asks_whether_the_sensor_is_smaller(files):
+def test_events_in_the_first_quarter_raise_doubts_about_the_sensor(files):
     model, events = EPVLM.from_pretrained("model"), np.load("events.npy")
     events["x"], events["y"] = events["x"] // 2, events["y"] // 2
-    with pytest.warns(UserWarning, match="--sensor"):
-        model.prompt("image.png", events, QUESTION)
+    with pytest.warns(UserWarning, match="sensor"):
+        model.look("image.png", events)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model.prompt("image.png", events, QUESTION, sensor=(84, 112))
-        model.prompt("image.png", np.load("events.npy"), QUESTION)
+        model.look("image.png", events, Options(sensor=(84, 112)))
+        model.look("image.png", "events.npy")
     with pytest.raises(ValueError, match="give its real size"):
-        model.prompt("image.png", events, QUESTION, sensor=(0, 0))
+        model.look("image.png", events, Options(sensor=(0, 0)))
 
 
-def test_what_exceeds_the_context_is_refused_before_the_work(files):
-    model = EPVLM.from_pretrained("model")
-    prompt = model.prompt("image.png", "events.npy", QUESTION)
-    fits = model.llm.config.max_position_embeddings - len(prompt.input_ids)
-    with pytest.raises(ValueError, match=r"exceed the model's 32768; lower --max-new-tokens"):
-        model.tokens(prompt, fits + 1)
-    next(model.tokens(prompt, fits))
-    with pytest.raises(ValueError, match=r"exceed the model's 32768; give --max-pixels \d+ or less, or with"):
-        model.prompt("image.png", None, QUESTION, min_pixels=10**8, max_pixels=10**9)
+def test_order_and_time_unit_reach_the_reader(checkpoint):
+    bare = np.array([[1, 0.001, 5, 5], [1, 0.002, 2, 1]])
+    options = Options(order="ptyx", time_unit="s", sensor=(84, 112))
+    assert checkpoint.model.look(PICTURE, bare, options).source == "2 events in 1.0 ms"
 
 
-def test_choosing_patches_runs_no_layer_of_the_model_and_dropping_them_saves_more(files):
-    """A selector must not cost what it saves: `prompt` multiplies nothing, `logits` falls faster than the tokens."""
-    model = EPVLM.from_pretrained("model")
-    image = Image.effect_noise((560, 560), 50)
-    events = np.random.default_rng(0).integers(0, 9, (560, 560))
-    with FlopCounterMode(display=False) as choosing:
-        prompts = [model.prompt(image, events, QUESTION, sparsity=sparsity) for sparsity in (0, 0.5, 0.75)]
-    assert choosing.get_total_flops() == 0
+def test_each_choice_changes_the_mask(checkpoint):
+    """40 events that cancel, in the upper left; 20 of one sign in the lower right."""
+    flicker = np.zeros(60, dtype=XYTP)
+    flicker["t"], flicker["p"] = np.arange(60), np.arange(60) % 2
+    flicker["x"][40:], flicker["y"][40:], flicker["p"][40:] = 80, 100, 1
+
+    def groups(**options):
+        return checkpoint.model.look(PICTURE, flicker, Options(**options)).groups[0]
+
+    count, signed = groups(sparsity=0.95), groups(sparsity=0.95, polarity="signed")
+    assert count[0, 0] and not count[3, 2] and signed[3, 2] and not signed[0, 0]
+    assert groups(rule="literal").all() and groups(rule="exact").sum() == 6
+    assert not torch.equal(groups(sensor=(168, 224)), groups())
+    assert not groups(sparsity=0.95, window=(40, 59))[0, 0]
+
+
+def test_pixel_limits_set_the_input_size(checkpoint):
+    for options, grid in (
+        (Options(), (1, 8, 6)),
+        (Options(max_pixels=6272), (1, 6, 4)),
+        (Options(min_pixels=40000), (1, 18, 14)),
+    ):
+        assert checkpoint.model.look(PICTURE, None, options).keep.shape == grid
+    for options in (Options(max_pixels=784), Options(min_pixels=9000, max_pixels=8000)):
+        with pytest.raises(ValueError, match=r"min_pixels \d+ .*max_pixels"):
+            checkpoint.model.look(PICTURE, None, options)
+
+
+def test_looking_runs_no_layer_and_dropping_saves_more_than_its_share(checkpoint):
+    """A selector must not cost what it saves: `look` multiplies nothing, `logits` falls faster than the tokens."""
+    model, image = checkpoint.model, Image.effect_noise((560, 560), 50)
+    E_v = np.random.default_rng(0).integers(0, 9, (560, 560))
+    with FlopCounterMode(display=False) as looking:
+        views = [model.look(image, E_v, Options(sparsity)) for sparsity in (0, 0.5, 0.75)]
+    assert looking.get_total_flops() == 0
     costs = []
-    for prompt in prompts:
+    for view in views:
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it sees no fused attention
-            model.logits(prompt)
+            model.logits(view, QUESTION)
         costs.append(counter.get_total_flops())
     assert costs[1] < costs[0] / 2 and costs[2] < costs[0] / 4
 
 
-# What reaches what
+@pytest.mark.parametrize("usual", [True, False])
+def test_another_system_turn_of_the_checkpoint_is_a_warning(checkpoint, usual):
+    model = changed(checkpoint.model, usual_system=usual)
+    for system in (None, "", "You are a robot."):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.look(PICTURE, None, Options(system=system))
+        assert ["system" in str(warning.message) for warning in caught] == [True] * (not usual and system is None)
 
 
-def test_special_tokens_are_no_part_of_the_answer(checkpoint):
-    model = checkpoint[2]
-    tokens = [*model.tokenizer.encode("Hi").ids, model.special["im_end"]]
-    assert "".join(model.pieces(iter(tokens))) == "Hi"
+# Ask
 
 
-def test_order_and_time_unit_reach_the_reader(files, capsys):
-    bare = np.array([[5, 5, 0.001, 1], [1, 2, 0.002, 1]])[:, [3, 2, 1, 0]]
-    np.save("bare.npy", bare)
-    prompt = EPVLM.from_pretrained("model").prompt("image.png", bare, "", order="ptyx", time_unit="s", sensor=(84, 112))
-    assert prompt.source == "2 events in 1.0 ms"
-    assert main(["image.png", "bare.npy", *ASK, "--order", "ptyx", "--time-unit", "s"]) == 0
-    assert "2 events in 1.0 ms" in capsys.readouterr().err
-
-
-def test_each_choice_changes_the_mask(files, capsys):
-    flicker = np.zeros(60, dtype=XYTP)  # 40 events that cancel upper left, 20 of one sign lower right
-    flicker["t"], flicker["p"] = np.arange(60), np.arange(60) % 2
-    flicker["x"][40:], flicker["y"][40:], flicker["p"][40:] = 80, 100, 1
-    np.save("flicker.npy", flicker)
-    model = EPVLM.from_pretrained("model")
-    keep = {rule: model.prompt("image.png", flicker, "", 0.95, polarity=rule).keep for rule in ("count", "signed")}
-    assert keep["count"][0, 0] and not keep["signed"][0, 0] and keep["signed"][3, 2]
-    assert model.prompt("image.png", flicker, "", 0.5, ties="literal").keep.all()
-
-    def shown(*options):
-        assert main(["image.png", "flicker.npy", *ASK, *options]) == 0
-        return capsys.readouterr().err
-
-    assert "(12 of 12 tokens)" in shown("--ties", "literal")
-    prompts = []
-    original = EPVLM.prompt
-    EPVLM.prompt = lambda *a, **k: prompts.append(original(*a, **k)) or prompts[-1]
-    try:
-        shown("--polarity", "signed", "--sparsity", "0.95")
-        shown("--sensor", "168x224")
-    finally:
-        EPVLM.prompt = original
-    assert torch.equal(prompts[0].keep, keep["signed"])
-    assert torch.equal(prompts[1].keep, model.prompt("image.png", flicker, "", sensor=(168, 224)).keep)
-    assert not torch.equal(prompts[1].keep, model.prompt("image.png", flicker, "").keep)
-
-
-def test_the_class_refuses_what_the_parser_would(checkpoint):
-    folder, _, model = checkpoint
-    picture = Image.new("RGB", (56, 56))
-    for options in ({"cell": "pixel"}, {"ties": "none"}, {"polarity": "both"}):
-        with pytest.raises(ValueError, match=r"give .* or "):
-            model.prompt(picture, None, "", **options)
-    with pytest.raises(ValueError, match="max-new-tokens 0"):
-        list(model.tokens(model.prompt(picture, None, ""), 0))
-    with pytest.raises(ValueError, match="dtype 'int8'"):
-        EPVLM.from_pretrained(folder, dtype="int8")
-
-
-@pytest.mark.parametrize("option", [("--sparsity", "2"), ("--temperature", "-1")])
-def test_small_mistakes_are_told_before_the_model_is_fetched(files, capsys, monkeypatch, option):
-    monkeypatch.setattr(EPVLM, "from_pretrained", lambda *_: pytest.fail("fetched"))
-    assert main(["image.png", "none", *ASK, *option]) == 2
-
-
-@pytest.mark.parametrize("option", [("--sensor", "0x5"), ("--spars", "0.5")])
-def test_more_words_the_parser_refuses(files, capsys, option):
-    with pytest.raises(SystemExit) as stop:
-        main(["image.png", "none", *ASK, *option])
-    assert stop.value.code == 2
+def test_shapes_of_prompt_and_logits(checkpoint):
+    model = checkpoint.model
+    view = model.look(PICTURE, np.eye(112, 84))
+    ids, positions = model.prompt(view, QUESTION)
+    assert ids.dtype == positions.dtype == torch.int64 and positions.shape == (3, len(ids))
+    assert int((ids == model.image_pad).sum()) == int(view.groups.sum()) == 6
+    logits = model.logits(view, QUESTION)
+    assert logits.shape == (len(ids), model.llm.config.vocab_size) and logits.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
-    "error, status, line",
+    "system, begins",
     [
-        (KeyboardInterrupt(), 130, ""),
-        (OSError("disk\nfull"), 2, "epvlm: error: disk full\n"),
-        (ValueError("a\n b"), 2, "epvlm: error: a b\n"),
-        (MemoryError(), 2, "epvlm: error: MemoryError\n"),
-        (RuntimeError("no room"), 2, "epvlm: error: no room\n"),
-        (OverflowError("too large"), 2, "epvlm: error: too large\n"),
+        (None, f"<|im_start|>system\n{epvlm.SYSTEM}<|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|>"),
+        ("<|im_end|>", "<|im_start|>system\n<|im_end|><|im_end|>\n<|im_start|>user\n<|vision_start|><|image_pad|>"),
+        ("", "<|im_start|>user\n<|vision_start|><|image_pad|>"),
     ],
 )
-def test_how_the_program_ends(monkeypatch, capsys, error, status, line):
-    def fail(_):
-        raise error
+def test_the_system_turn_is_fixed_when_looking(checkpoint, system, begins):
+    model = checkpoint.model
+    ids, _ = model.prompt(model.look(PICTURE, None, Options(system=system)), QUESTION)
+    text = model.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+    assert text.startswith(begins) and text.endswith(f"{QUESTION}<|im_end|>\n<|im_start|>assistant\n")
+    turns = int((ids == model.tokenizer.token_to_id("<|im_end|>")).sum())
+    assert turns == (1 if system == "" else 2)  # one spelt in the text stays text
 
-    monkeypatch.setattr(epvlm, "run", fail)
-    assert main(["i", "e", "q"]) == status
-    assert capsys.readouterr() == ("", line)
+
+def test_tokens_end_with_the_end_token_or_at_the_limit(checkpoint):
+    model = checkpoint.model
+    view = model.look(PICTURE)
+    first, second, *more = model.tokens(view, QUESTION, Sampling(max_new_tokens=9))
+    assert len(more) == 7 and first != second
+    ending = changed(model, ends=frozenset({second}))
+    assert list(ending.tokens(view, QUESTION)) == [first, second]
+    assert first == int(model.logits(view, QUESTION)[-1].argmax())
 
 
-def test_the_command_line_passes_its_dtype(files, monkeypatch):
+def test_an_answer_is_its_stream_and_its_tokens(checkpoint):
+    model, sampling = checkpoint.model, Sampling(max_new_tokens=9)
+    view = model.look(PICTURE, np.eye(112, 84), Options(sparsity=0.25))
+    pieces = list(model.stream(view, QUESTION, sampling))
+    assert "".join(pieces) == model.answer(PICTURE, np.eye(112, 84), QUESTION, Options(sparsity=0.25), sampling)
+    assert pieces == list(model.pieces(model.tokens(view, QUESTION, sampling)))
+
+
+@given(st.text(max_size=40))
+def test_pieces_are_whole_utf8(checkpoint, text):
+    """Byte-level tokens split characters; a piece never ends inside one."""
+    model = checkpoint.model
+    tokens = model.tokenizer.encode(text, add_special_tokens=False).ids
+    pieces = list(model.pieces(iter(tokens)))
+    assert "".join(pieces) == model.tokenizer.decode(tokens)
+    assert all(pieces) and not any("\ufffd" in piece for piece in pieces if "\ufffd" not in text)
+
+
+def test_an_answer_cut_inside_a_character_still_ends(checkpoint):
+    tokens = checkpoint.model.tokenizer.encode("a动", add_special_tokens=False).ids[:-1]
+    assert "".join(checkpoint.model.pieces(iter(tokens))).rstrip("\ufffd") == "a"
+
+
+def test_of_special_tokens_those_of_grounding_are_shown(checkpoint):
+    model, grounding = checkpoint.model, "<|object_ref_start|>a<|object_ref_end|><|box_start|>(1,2),(3,4)<|box_end|>"
+    model.tokenizer.encode_special_tokens = False
+    tokens = model.tokenizer.encode(f"<|im_start|>{grounding}<|vision_pad|><|im_end|><|endoftext|>").ids
+    assert "".join(model.pieces(iter(tokens))) == grounding
+
+
+@pytest.mark.parametrize("penalty, expected", [(None, 1.5), (1.25, 1.25)])
+def test_sampling_reaches_the_sampler(checkpoint, monkeypatch, penalty, expected):
+    """With the checkpoint's repetition penalty unless there is one."""
+    model, given, sampler = changed(checkpoint.model, repetition_penalty=1.5), [], epvlm.sampler
+    monkeypatch.setattr(epvlm, "sampler", lambda sampling, ids: given.append(sampling) or sampler(sampling, ids))
+    model.answer(PICTURE, None, "", sampling=Sampling(1, 0.5, 0.25, 9, penalty))
+    assert given == [Sampling(1, 0.5, 0.25, 9, expected)]
+
+
+def test_the_same_seed_gives_the_same_answer(checkpoint):
+    model, image = checkpoint.model, Image.new("RGB", (84, 56), "red")
+    first, again, other = (model.answer(image, None, "?", sampling=Sampling(12, 2.0, seed=n)) for n in (3, 3, 4))
+    assert first == again != other
+
+
+def test_threads_do_not_disturb_each_other(checkpoint):
+    """Two objects of one checkpoint, and one object used by two: each answers as it does alone."""
+    models = [checkpoint.model, EPVLM.from_pretrained(checkpoint.folder, device="cpu")]
+    maps = np.random.default_rng(0).random((8, 84, 112))
+    found = [None] * len(maps)
+
+    def ask(n):
+        sampling = Sampling(8, temperature=1.0, seed=n)
+        return models[n % 2].answer(PICTURE, maps[n], f"What {n}? <|im_end|>", Options(n / 10), sampling)
+
+    def work(n):
+        for _ in range(3):
+            found[n] = ask(n)
+
+    alone = [ask(n) for n in range(len(maps))]
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(len(maps))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == alone
+
+
+def test_reading_adds_the_cache_alone(checkpoint):
+    model, view = checkpoint.model, checkpoint.model.look(PICTURE, np.eye(112, 84))
+    read = model.read(view)
+    assert all(getattr(read, each.name) is getattr(view, each.name) for each in fields(view) if each.name != "cache")
+    assert view.cache is None and str(read) == str(view)
+    assert torch.equal(model.logits(read, QUESTION), model.logits(view, QUESTION))
+    assert model.flops(read, QUESTION) == model.flops(view, QUESTION)
+    again = model.read(read)
+    assert torch.equal(again.cache.held, read.cache.held) and again.cache.filled == read.cache.filled
+
+
+# Room
+
+
+REMEDY = r"give max_pixels (\d+) or less, or with events sparsity (0\.\d\d) or more, or shorten the question$"
+LARGE = Options(max_pixels=10**7)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    """The model of examples/tiny, which has a context of 1024."""
+    return EPVLM.from_pretrained(TINY, device="cpu")
+
+
+@pytest.mark.parametrize("free, gib", [(10**12, "931"), (20 * 10**6, "0.0186")])
+def test_what_is_too_long_is_refused_with_what_brings_it_under(shipped, monkeypatch, free, gib):
+    """By the context, and by the memory where that is less."""
+
+    def prompt(pixels: int, E_v=None, sparsity=0.5):
+        options = Options(float(sparsity), max_pixels=int(pixels))
+        return shipped.prompt(shipped.look(Image.new("RGB", (1400, 1400)), E_v, options), "what?")
+
+    monkeypatch.setattr(weights, "free_memory", lambda device: free)
+    message = f"^2500 tokens of the image and 23 of text exceed the model's 1024 or {gib} GiB of free memory; give "
+    with pytest.raises(ValueError, match=message) as caught:
+        prompt(10**7)
+    pixels, sparsity = re.search(REMEDY, str(caught.value)).groups()
+    prompt(pixels), prompt(10**7, np.ones((50, 50)), sparsity)
+    for more in ((1.4 * int(pixels),), (10**7, np.ones((50, 50)), float(sparsity) - 0.1)):
+        with pytest.raises(ValueError, match="exceed"):
+            prompt(*more)
+
+
+@settings(max_examples=10)
+@given(st.integers(900, 1800), st.integers(900, 1800), st.sampled_from(["", "what?", "x" * 500]))
+def test_what_brings_it_under_does_so_for_any_image(shipped, width, height, question):
+    image = Image.new("RGB", (width, height))
+    with pytest.raises(ValueError, match=REMEDY) as caught:
+        shipped.prompt(shipped.look(image, None, LARGE), question)
+    pixels, sparsity = re.search(REMEDY, str(caught.value)).groups()
+    for view in (
+        shipped.look(image, None, Options(max_pixels=int(pixels))),
+        shipped.look(image, np.ones((50, 50)), replace(LARGE, sparsity=float(sparsity))),
+    ):
+        assert len(shipped.prompt(view, question)[0]) + 128 <= 1024  # with the usual answer
+
+
+def test_what_is_too_long_is_refused_before_any_work(shipped, monkeypatch):
+    view = shipped.look(Image.new("RGB", (560, 560)), None, LARGE)
+    monkeypatch.setattr(VisionTransformer, "forward", lambda *_: pytest.fail("worked"))
+    for ask in (lambda view, text: next(shipped.tokens(view, text)), shipped.logits, shipped.flops):
+        with pytest.raises(ValueError, match="shorten the question") as caught:
+            ask(view, "x" * 1100)
+        assert "0.100" not in str(caught.value)  # the text alone is too long: no sparsity helps
+
+
+def test_an_answer_ends_where_the_context_does(checkpoint, monkeypatch):
+    model, view = checkpoint.model, checkpoint.model.look(PICTURE)
+    monkeypatch.setattr(epvlm, "sampler", lambda *_: lambda logits: 5)
+    monkeypatch.setattr(model.llm, "config", replace(model.llm.config, max_position_embeddings=100))
+    tokens = model.tokens(view, QUESTION, Sampling(max_new_tokens=10**30))
+    assert len(list(tokens)) == 100 - len(model.prompt(view, QUESTION)[0])
+
+
+# The command line: what it prints
+
+
+def test_the_answer_is_on_stdout_and_the_rest_on_stderr(files):
+    with program("image.png", "events.npy", QUESTION, *MODEL, "9", "--device", "cpu") as running:
+        out, err = (text.decode() for text in running.communicate(timeout=120))
+    model = EPVLM.from_pretrained("model", device="cpu")
+    view = model.look("image.png", "events.npy")
+    assert running.returncode == 0
+    assert out == "".join(model.stream(view, QUESTION, Sampling(9))) + "\n"
+    assert kept(err.splitlines()) == KEPT
+    packed, dense = model.flops(view, QUESTION)
+    assert f" {packed / 1e6:.2f} of {dense / 1e6:.2f} MFLOPs\n" in err and 0 < packed < dense
+
+
+def test_the_two_lines_of_the_example(capsys, monkeypatch):
+    monkeypatch.setattr(epvlm, "time", types.SimpleNamespace(perf_counter=itertools.count(5, 0.0156).__next__))
+    scene = [str(ROOT / "examples" / name) for name in ("scene.png", "events.npy")]
+    assert main([*scene, "what colour is the circle?", "--model", str(TINY), "--device", "cpu"]) == 0
+    assert capsys.readouterr() == (
+        "red\n",
+        "kept 128 of 256 patches (32 of 64 tokens), 2110 events in 38.7 ms, 371.76 of 779.44 MFLOPs\n"
+        "first token after 0.02 s\n",
+    )
+
+
+def test_seconds_count_looking_and_not_loading(files, capsys, monkeypatch):
+    clock, load, look = [0], EPVLM.from_pretrained, EPVLM.look
+
+    def slow(work, seconds, *given):
+        clock[0] += seconds
+        return work(*given)
+
+    monkeypatch.setattr(epvlm, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(EPVLM, "from_pretrained", lambda *given: slow(load, 100, *given))
+    monkeypatch.setattr(EPVLM, "look", lambda *given: slow(look, 5, *given))
+    assert main(["image.png", "none", *ASK]) == 0
+    assert lines(capsys)[1][1] == "first token after 5.00 s"
+
+
+def test_the_cost_is_printed_before_the_model_runs(files, capsys, monkeypatch):
+    def run(*_):
+        assert capsys.readouterr().err.endswith("MFLOPs\n")
+        raise ValueError("ran")
+
+    monkeypatch.setattr(VisionTransformer, "forward", run)
+    assert main(["image.png", "none", *ASK]) == 2
+    assert capsys.readouterr().err == "epvlm: error: ran\n"
+
+
+@pytest.mark.parametrize(
+    "limit, ends, line",
+    [
+        ("1", False, ["stopped after 1 token"]),
+        ("3", False, ["stopped after 3 tokens"]),
+        ("1", True, []),
+        ("9", True, []),
+    ],
+)
+def test_an_answer_that_was_cut_says_so(files, capsys, limit, ends, line):
+    model = EPVLM.from_pretrained("model")
+    first = next(model.tokens(model.look("image.png", "events.npy"), QUESTION))
+    tiny.edit(Path("model/generation_config.json"), eos_token_id=[first] if ends else None)
+    assert main(["image.png", "events.npy", QUESTION, *MODEL, limit]) == 0
+    assert lines(capsys)[1][2:] == line
+
+
+def test_the_default_model_comes_from_the_hub(files, folder, capsys):
+    with hub.visit(folder, files / "cache") as fetched:
+        assert main(["image.png", "events.npy", QUESTION, "--max-new-tokens", "3"]) == 0
+    assert "model.safetensors" in fetched and Path("cache/models--Qwen--Qwen2-VL-2B-Instruct").is_dir()
+    assert main(["image.png", "events.npy", QUESTION, "--model", str(folder), "--max-new-tokens", "3"]) == 0
+    first, second, *_ = lines(capsys)[0]
+    assert first == second
+
+
+def test_none_is_the_dense_image(files, capsys):
+    assert main(["image.png", "none", *ASK]) == 0
+    assert kept(lines(capsys)[1]) == "kept 48 of 48 patches (12 of 12 tokens), no events"
+
+
+def test_the_real_frame_and_window(checkpoint, data, capsys):
+    folder = data / "recordings" / "slider_depth"
+    inputs = str(folder / "frame_00000002.png"), str(folder / "events_xypt_us.npy")
+    settings = "--model", str(checkpoint.folder), "--window", "67500", "87500", "--max-new-tokens", "2"
+    assert main([*inputs, QUESTION, *settings]) == 0
+    assert kept(lines(capsys)[1]) == "kept 108 of 216 patches (27 of 54 tokens), 6957 events in 20.0 ms"
+
+
+def test_the_question_may_follow_options(files, capsys):
+    assert main(["--sparsity", "0.3", "image.png", "events.npy", *MODEL, "6", QUESTION]) == 0
+    assert len(lines(capsys)[0]) == 1
+
+
+def test_model_revision_device_and_dtype_reach_the_loader(files, monkeypatch):
     given = []
 
     def load(*arguments):
@@ -287,7 +607,45 @@ def test_the_command_line_passes_its_dtype(files, monkeypatch):
 
     monkeypatch.setattr(EPVLM, "from_pretrained", load)
     main(["image.png", "none", *ASK, "--revision", "r", "--device", "cpu", "--dtype", "float16"])
-    assert given == [("model", "r", "cpu", "float16")]
+    main(["image.png", "none", QUESTION])
+    assert given == [("model", "r", "cpu", "float16"), ("Qwen/Qwen2-VL-2B-Instruct", None, None, None)]
+
+
+def test_system_turn_and_penalty_of_the_checkpoint_give_way_to_flags(files, capsys):
+    tiny.edit(Path("model/chat_template.json"), chat_template="system\nYou are a robot.")
+    tiny.edit(Path("model/generation_config.json"), repetition_penalty=1.5)
+    model, shown = EPVLM.from_pretrained("model"), []
+    for flags, system, penalty in (
+        (["--system", ""], "", 1.5),
+        (["--system", "You are a robot."], "You are a robot.", 1.5),
+        (["--system", "", "--repetition-penalty", "1"], "", 1.0),
+    ):
+        assert main(["image.png", "none", QUESTION, *MODEL, "9", *flags]) == 0
+        out, err = capsys.readouterr()
+        expected = model.answer("image.png", None, QUESTION, Options(system=system), Sampling(9, 0, 1, 0, penalty))
+        assert out == expected + "\n" and "warning" not in err
+        shown.append(out)
+    assert len(set(shown)) == 3
+    assert main(["image.png", "none", *ASK]) == 0
+    assert capsys.readouterr().err.count("epvlm: warning: ") == 1
+
+
+def test_a_ten_bit_frame_says_how_it_was_read(files, capsys):
+    grey = np.random.default_rng(0).integers(0, 1024, (112, 84)).astype(np.uint16)
+    Image.fromarray(grey).save("ten.png")
+    assert main(["ten.png", "events.npy", *ASK]) == 0
+    warning, *err = lines(capsys)[1]
+    assert warning == f"epvlm: warning: ten.png: grey values up to {grey.max()}, read as 10 bits" and kept(err) == KEPT
+
+
+def test_each_warning_is_one_line_before_what_was_kept(files, capsys, monkeypatch):
+    np.save("empty.npy", np.load("events.npy")[:0])
+    look = EPVLM.look
+    monkeypatch.setattr(EPVLM, "look", lambda *given: look(*given) and look(*given))  # warns twice
+    assert main(["image.png", "empty.npy", *ASK]) == 0
+    warning, *err = lines(capsys)[1]
+    assert warning.startswith("epvlm: warning: empty.npy: no events at all; ")
+    assert kept(err) == "kept 24 of 48 patches (6 of 12 tokens), 0 events in 0.0 ms"
 
 
 def test_pieces_are_flushed_as_they_come(files, monkeypatch):
@@ -301,159 +659,121 @@ def test_pieces_are_flushed_as_they_come(files, monkeypatch):
     assert flushed and all(flushed)
 
 
-def test_top_p_and_seed_reach_the_sampler(checkpoint, monkeypatch):
-    model, given = checkpoint[2], []
-    monkeypatch.setattr(epvlm, "sampler", lambda *a: given.append(a) or sampler())
-    model.answer(Image.new("RGB", (56, 56)), None, "", 1, 0.5, 0.25, 9)
-    assert [values[:4] for values in given] == [(0.5, 0.25, 9, 1.0)]
+@pytest.mark.parametrize("question", [[QUESTION], []])
+def test_progress_counts_the_layers_once_and_clears_its_line(files, capsys, monkeypatch, question):
+    asking(monkeypatch, b"What is moving?\n")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert main(["image.png", "events.npy", *question, *MODEL, "6"]) == 0
+    shown = r"\rlayer 1 of 4\rlayer 2 of 4\rlayer 3 of 4(\rlayer 4 of 4)?\r\033\[K"
+    assert re.fullmatch(rf".*FLOPs\n{shown}first token after \S+ s\nstopped after 6 tokens\n", capsys.readouterr().err)
 
 
-def test_a_closed_pipe_ends_with_status_1(monkeypatch):
-    def fail(_):
-        raise BrokenPipeError
-
-    monkeypatch.setattr(epvlm, "run", fail)
-    monkeypatch.setattr(os, "dup2", lambda *_: None)
-    monkeypatch.setattr(sys, "stdout", sys.__stdout__)
-    assert main(["i", "e", "q"]) == 1
+# The command line: questions from standard input
 
 
-# Streaming and choosing
-
-
-@given(st.text(max_size=40))
-def test_pieces_are_whole_utf8_and_join_to_the_answer(checkpoint, text):
-    """Byte-level tokens split characters; a piece never ends inside one."""
-    _, _, model = checkpoint
-    tokens = model.tokenizer.encode(text, add_special_tokens=False).ids
-
-    pieces = list(model.pieces(iter(tokens)))
-    assert "".join(pieces) == model.tokenizer.decode(tokens)
-    assert all(pieces) and not any("\ufffd" in piece for piece in pieces if "\ufffd" not in text)
-
-
-def test_an_answer_cut_inside_a_character_still_ends(checkpoint):
-    _, _, model = checkpoint
-    tokens = model.tokenizer.encode("动", add_special_tokens=False).ids[:-1]
-
-    assert "".join(model.pieces(iter(tokens))) == "\ufffd"
-
-
-@given(
-    st.floats(0.1, 5), st.floats(0.01, 1), st.integers(0, 2**32), st.lists(st.floats(-9, 9), min_size=2, max_size=20)
-)
-def test_tokens_are_drawn_from_the_smallest_set_that_holds_top_p(temperature, top_p, seed, values):
-    logits = torch.tensor(values)
-    choose = epvlm.sampler(temperature, top_p, seed)
-    drawn = [choose(logits) for _ in range(5)]
-    probability = torch.softmax(logits / temperature, -1)
-    for token in drawn:  # what is likelier than a drawn token holds less than top_p together
-        assert probability[probability > probability[token]].sum() < top_p + 1e-5
-    again = epvlm.sampler(temperature, top_p, seed)
-    assert [again(logits) for _ in range(5)] == drawn
-
-
-def test_drawing_follows_the_probabilities():
-    logits, choose = torch.tensor([0.0, 1.0, 2.0]), epvlm.sampler(2.0, 1.0, seed=0)
-    counts = torch.bincount(torch.tensor([choose(logits) for _ in range(20_000)]), minlength=3) / 20_000
-    torch.testing.assert_close(counts, torch.softmax(logits / 2, -1), atol=0.015, rtol=0)
+def test_lines_of_a_pipe_are_questions(files, capsys, monkeypatch):
+    alone = []
+    for question in QUESTIONS:
+        assert main(["image.png", "events.npy", question, *MODEL, "6"]) == 0
+        alone += lines(capsys)[0]
+    asking(monkeypatch, b"\n \n" + "\n\n  ".join(QUESTIONS).encode())
+    assert main(["image.png", "events.npy", *MODEL, "6"]) == 0
+    out, err = lines(capsys)
+    assert out == alone and err[0].startswith(f"{KEPT}, ")
+    assert [re.sub(r"\d+\.\d\d", "", line) for line in err[1:]] == [
+        "first token after  s",
+        "stopped after 6 tokens",
+    ] * 3
 
 
 @pytest.mark.parametrize(
-    "settings", [(-1, 1), (float("nan"), 1), (float("inf"), 1), (1, 0), (1, 1.1), (1, float("nan"))]
-)
-def test_settings_of_the_drawing_out_of_range_are_refused(settings):
-    with pytest.raises(ValueError, match="temperature"):
-        epvlm.sampler(*settings)
-
-
-@pytest.mark.parametrize("temperature, top_p", [(5e-324, 1), (1e-45, 1), (1, 5e-324), (1e300, 1), (1e-300, 1e-300)])
-def test_extreme_settings_still_draw(temperature, top_p):
-    token = epvlm.sampler(temperature, top_p)(torch.tensor([1.0, 30.0, 2.0]))
-    assert token == 1 or temperature == 1e300
-
-
-def test_a_tiny_top_p_is_greedy(files):
-    model = EPVLM.from_pretrained("model")
-    prompt = model.prompt("image.png", "events.npy", QUESTION)
-    assert list(model.tokens(prompt, 6, temperature=1.0, top_p=1e-9)) == list(model.tokens(prompt, 6))
-
-
-# smart_resize
-
-
-@pytest.mark.parametrize(
-    "size, expected",
+    "text, words",
     [
-        ((42, 70), (56, 56)),
-        ((14, 300), (28, 280)),
-        ((112, 112), (112, 112)),
-        ((5, 9), (56, 84)),
-        ((28, 5600), (28, 5600)),
+        (b"\n", "no question"),
+        (b" \n\n", "no question"),
+        (b"\xff\n", "UTF-8"),
+        (b"x" * 2**20, "exceed"),
     ],
 )
-def test_sizes_round_half_to_even_within_the_limits(size, expected):
-    assert smart_resize(*size, 28, 3136, 12845056) == expected
+def test_a_pipe_without_a_question_to_answer_is_refused(files, capsys, monkeypatch, text, words):
+    asking(monkeypatch, text)
+    assert main(["image.png", "events.npy", *MODEL, "6"]) == 2
+    err = lines(capsys)[1]
+    assert err[-1].startswith("epvlm: error: ") and any(words in line for line in err)
 
 
-@given(st.integers(1, 4000), st.integers(1, 4000))
-def test_sizes_are_those_of_transformers_and_whole_groups(height, width):
-    if max(height, width) > 200 * min(height, width):
-        with pytest.raises(ValueError, match="over 200"):
-            smart_resize(height, width, 28, 3136, 1003520)
-        return
-    h, w = smart_resize(height, width, 28, 3136, 1003520)
-    assert (h, w) == theirs(height, width, 28, 3136, 1003520)
-    assert h % 28 == w % 28 == 0
+@pytest.mark.parametrize("text", [b"", None])
+def test_an_empty_or_closed_input_is_refused_before_the_model_is_loaded(files, capsys, monkeypatch, text):
+    asking(monkeypatch, b"") if text is not None else monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(EPVLM, "from_pretrained", lambda *_: pytest.fail("loaded"))
+    assert "no question; give one" in refused(capsys, "image.png", "events.npy", *MODEL, "6")
 
 
-# Bad input
+def test_after_a_question_that_cannot_be_answered_comes_the_next(files, capsys, monkeypatch):
+    asking(monkeypatch, b"What is moving?\n\xff\nWhat is moving?\n")
+    assert main(["image.png", "events.npy", *MODEL, "6"]) == 2
+    out, err = lines(capsys)
+    assert len(out) == 2 and out[0] == out[1]
+    (line,) = (line for line in err if line.startswith("epvlm: question "))
+    assert line.startswith("epvlm: question 2: ") and "UTF-8" in line
+    assert re.match(r"epvlm: error: 1 .*of 3\b", err[-1])
 
 
-BAD_INPUT = {  # what the line must hold -> arguments
-    ("nowhere.png", "no such file"): ("nowhere.png", "none", *ASK),
-    ("text.png", "give an 8-bit PNG"): ("text.png", "none", *ASK),
-    ("cut.png", "truncated"): ("cut.png", "none", *ASK),
-    ("empty", "not an image"): ("empty", "none", *ASK),
-    ("over 200 : 1", "crop"): ("thin.png", "none", *ASK),
-    ("nowhere.npy", ".npz of events, or none"): ("image.png", "nowhere.npy", *ASK),
-    ("text.npy", "neither .npy nor .npz"): ("image.png", "text.npy", *ASK),
-    ("pickled.npy", "never loaded", "allow_pickle=True"): ("image.png", "pickled.npy", *ASK),
-    ("wide.npy", "x 700 to 700", "84 x 112", "--sensor WxH"): ("image.png", "wide.npy", *ASK),
-    ("1000 to 1099 us", "--window"): ("image.png", "events.npy", *ASK, "--window", "5", "9"),
-    ("window 9 5",): ("image.png", "events.npy", *ASK, "--window", "9", "5"),
-    ("sparsity 1.0", "[0, 1)"): ("image.png", "events.npy", *ASK, "--sparsity", "1"),
-    ("sparsity -0.1",): ("image.png", "events.npy", *ASK, "--sparsity", "-0.1"),
-    ("sparsity nan",): ("image.png", "events.npy", *ASK, "--sparsity", "nan"),
-    ("--sparsity", "'half'"): ("image.png", "events.npy", *ASK, "--sparsity", "half"),
-    ("--cell", "'pixel'", "group"): ("image.png", "events.npy", *ASK, "--cell", "pixel"),
-    ("--sensor", "'240'", "240x180"): ("image.png", "events.npy", *ASK, "--sensor", "240"),
-    ("--min-pixels 9000", "--max-pixels 8000", "change one"): (
-        "image.png",
-        "none",
-        *ASK,
-        "--min-pixels",
-        "9000",
-        "--max-pixels",
-        "8000",
-    ),
-    ("--max-new-tokens", "'0'"): ("image.png", "none", *ASK, "--max-new-tokens", "0"),
-    ("temperature -1.0",): ("image.png", "none", *ASK, "--temperature", "-1"),
-    ("empty", "no config.json"): ("image.png", "none", QUESTION, "--model", "./empty"),
-    ("./nowhere", "no such folder"): ("image.png", "none", QUESTION, "--model", "./nowhere"),
-    ("required: events",): ("image.png",),
-    ("--compare", "no events; give both"): ("image.png", "none", *ASK, "--compare"),
-    ("p.jpg", "written as .png"): ("image.png", "events.npy", *ASK, "--picture", "p.jpg"),
-    ("image.png", "one of the inputs"): ("image.png", "events.npy", *ASK, "--picture", "image.png"),
-    ("no/p.png", "a folder that exists"): ("image.png", "events.npy", *ASK, "--picture", "no/p.png"),
-    ("question", "UTF-8"): ("image.png", "none", "broken \udcff", "--model", "model"),
-    ("device 'meta'", "try cpu"): ("image.png", "none", *ASK, "--device", "meta"),
-    ("--sensor", "'00x180'"): ("image.png", "events.npy", *ASK, "--sensor", "00x180"),
-    ("exceed the model's 32768",): ("image.png", "none", *ASK, "--max-new-tokens", "900000000"),
-    ("--max-new-tokens", "999999999"): ("image.png", "none", *ASK, "--max-new-tokens", "1" + "0" * 30),
-    ("~nosuchuser",): ("image.png", "none", QUESTION, "--model", "~nosuchuser/model"),
-    ("device 'abacus'", "try cpu"): ("image.png", "none", *ASK, "--device", "abacus"),
-}
+def test_a_terminal_is_asked_until_its_end(files):
+    """Only answers on stdout; the end of input (Ctrl-D) ends with status 0, whatever could not be answered."""
+    ours, theirs = pty.openpty()
+    os.write(ours, b"What is moving?\n" + b"\xff\n" + b"The red circle moves.\n\x04")
+    with program("image.png", "events.npy", *MODEL, "6", stdin=theirs) as running:
+        out, err = running.communicate(timeout=120)
+    os.close(ours), os.close(theirs)
+    assert running.returncode == 0 and len(out.decode().splitlines()) == 2
+    assert err.decode().startswith(KEPT) and err.count(b"question: ") == 4
+    assert err.endswith(b"question: \n") and b"UTF-8" in err and b"Traceback" not in err
+
+
+# The command line: bad input
+
+
+BAD_INPUT = [  # arguments, words of the one line
+    (("nowhere.png", "none", *ASK), ("nowhere.png", "no such file")),
+    (("text.png", "none", *ASK), ("text.png", "give an 8-bit PNG")),
+    (("cut.png", "none", *ASK), ("cut.png", "truncated")),
+    (("empty", "none", *ASK), ("empty", "cannot be read as an image")),
+    (("thin.png", "none", *ASK), ("over 200 : 1", "crop")),
+    (("fifo", "none", *ASK), ("fifo", "cannot be read as an image")),
+    (("image.png", "fifo", *ASK), ("fifo", "not a file")),
+    (("image.png", "nowhere.npy", *ASK), ("nowhere.npy", ".npz of events, or none")),
+    (("image.png", "text.npy", *ASK), ("text.npy", "neither .npy nor .npz")),
+    (("image.png", "pickled.npy", *ASK), ("pickled.npy", "pickle")),
+    (("image.png", "wide.npy", *ASK), ("wide.npy", "x 700 to 700", "84 x 112", "sensor, WIDTHxHEIGHT")),
+    (("image.png", "events.npy", *ASK, "--window", "5", "9"), ("1000 to 1099 us", "change window")),
+    (("image.png", "events.npy", *ASK, "--window", "9", "5"), ("window 9 5",)),
+    (("image.png", "seconds.npy", *ASK, "--window", "5", "9"), ("no event from 5 to 9 us",)),  # without its warning
+    (("image.png", "seconds.npy", "x" * 40_000, *MODEL, "1"), ("exceed the model's 32768", "shorten the question")),
+    (("image.png", "events.npy", *ASK, "--sparsity", "1"), ("sparsity 1.0", "[0, 1)")),
+    (("image.png", "events.npy", *ASK, "--sparsity", "-0.1"), ("sparsity -0.1",)),
+    (("image.png", "events.npy", *ASK, "--sparsity", "nan"), ("sparsity nan",)),
+    (("image.png", "events.npy", *ASK, "--sparsity", "half"), ("--sparsity", "'half'")),
+    (("image.png", "events.npy", *ASK, "--spars", "0.5"), ("unrecognized arguments: --spars",)),
+    (("image.png", "events.npy", *ASK, "--cell", "pixel"), ("--cell", "'pixel'", "group")),
+    (("image.png", "events.npy", *ASK, "--rule", "none"), ("--rule", "'none'", "literal")),
+    (("image.png", "events.npy", *ASK, "--order", "xyz"), ("order", "'xyz'", "txyp")),
+    (("image.png", "events.npy", *ASK, "--sensor", "240"), ("--sensor", "'240'")),
+    (("image.png", "events.npy", *ASK, "--sensor", "00x180"), ("sensor", "0 x 180")),
+    (("image.png", "none", *ASK, "--min-pixels", "9000", "--max-pixels", "8000"), ("min_pixels 9000", "8000")),
+    (("image.png", "none", *ASK, "--max-new-tokens", "0"), ("max_new_tokens 0",)),
+    (("image.png", "none", *ASK, "--temperature", "-1"), ("temperature -1.0",)),
+    (("image.png", "none", *ASK, "--repetition-penalty", "0"), ("repetition_penalty 0.0",)),
+    (("image.png", "none", *ASK, "--seed", "x"), ("--seed", "'x'")),
+    (("image.png", "none", *ASK, "--device", "abacus"), ("device 'abacus'", "try cpu")),
+    (("image.png", "none", *ASK, "--dtype", "int8"), ("--dtype", "'int8'", "bfloat16")),
+    (("image.png", "none", *ASK, "--model", "./empty"), ("empty/config.json", "no such file")),
+    (("image.png", "none", *ASK, "--model", "./nowhere"), ("nowhere/config.json", "no such file")),
+    (("image.png", "none", *ASK, "--model", "~nosuchuser/model"), ("~nosuchuser",)),
+    (("image.png", "none", *ASK, "--model", "broken"), ("broken/model.safetensors",)),
+    (("image.png", "none", "broken \udcff", *MODEL, "1"), ("broken", "UTF-8")),
+    (("image.png",), ("required: events",)),
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -463,82 +783,134 @@ def bad_files(files):
     Path("cut.png").write_bytes(Path("image.png").read_bytes()[:5000])
     Path("text.npy").write_text("1 2 3 4")
     Path("empty").mkdir()
+    os.mkfifo("fifo")  # it would be waited for without end
     np.save("pickled.npy", {"x": 1})
     np.save("wide.npy", np.array([(9, 700, 3, 1)], dtype=[("t", int), ("x", int), ("y", int), ("p", int)]))
     Image.new("RGB", (1, 500)).save("thin.png")
     events = np.load("events.npy").astype([("t", "f8"), ("x", "u2"), ("y", "u2"), ("p", "?")])
     events["t"] /= 1e6
     np.save("seconds.npy", events)
+    Path("broken").mkdir()
+    for file in Path("model").iterdir():
+        Path("broken", file.name).write_bytes(b"nothing" if file.suffix == ".safetensors" else file.read_bytes())
 
 
-@pytest.mark.parametrize("words, arguments", BAD_INPUT.items(), ids=[" ".join(words) for words in BAD_INPUT])
-def test_every_bad_input_is_one_line_and_status_2(bad_files, capsys, words, arguments):
+@pytest.mark.parametrize("arguments, words", BAD_INPUT, ids=[", ".join(words) for _, words in BAD_INPUT])
+def test_bad_input_is_one_line_and_status_2(bad_files, capsys, arguments, words):
     line = refused(capsys, *arguments)
     assert all(word in line for word in words), line
 
 
-@pytest.mark.parametrize("option", [("--window", "5", "9"), ("--max-new-tokens", "900000000")])
-def test_an_error_stands_alone_without_the_warning_before_it(bad_files, capsys, option):
-    refused(capsys, "image.png", "seconds.npy", *ASK, *option)
+@pytest.mark.parametrize("status, words", [(404, "no such"), (401, "HF_TOKEN")])
+def test_a_hub_that_refuses_is_one_line(files, folder, capsys, status, words):
+    code = {"X-Error-Code": "RevisionNotFound"} if status == 404 else {}
+    with hub.visit(folder, files / "cache", (status, code)):
+        line = refused(capsys, "image.png", "none", *ASK, "--model", "some/model", "--revision", "r")
+    assert line.startswith("epvlm: error: some/model: ") and words in line
 
 
-def test_a_broken_checkpoint_is_one_line_and_status_2(files, capsys):
-    Path("model/model.safetensors").write_bytes(b"nothing")
-    assert "model.safetensors" in refused(capsys, "image.png", "none", *ASK)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("image.png", "none", *ASK, "--sparsity", "2"),
+        ("image.png", "none", *ASK, "--temperature", "-1"),
+        ("nowhere.png", "none", *ASK),
+        ("image.png", "nowhere.npy", *ASK),
+    ],
+)
+def test_small_mistakes_are_found_before_the_model_is_loaded(files, capsys, monkeypatch, arguments):
+    monkeypatch.setattr(EPVLM, "from_pretrained", lambda *_: pytest.fail("loaded"))
+    refused(capsys, *arguments)
+
+
+def test_a_share_of_the_fuzzing(capsys):
+    ends = fuzz(400, seed=1)
+    fine = ("answered", "refused", "took too long")  # time is judged by the script alone
+    failed = {end: n for end, n in ends.items() if end[1] not in fine}
+    assert not failed, capsys.readouterr().err
+    assert all(ends[reader, "refused"] for reader in READERS if reader != "questions")
+    assert all(ends[reader, "answered"] for reader in READERS if reader != "checkpoints")
+
+
+# The command line: how it ends
+
+
+@pytest.mark.parametrize(
+    "error, status, line",
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (OSError("disk\nfull"), 2, "epvlm: error: disk full\n"),
+        (ValueError("a\n b"), 2, "epvlm: error: a b\n"),
+        (MemoryError(), 2, "epvlm: error: MemoryError\n"),
+        (RuntimeError("no room"), 2, "epvlm: error: no room\n"),
+        (OverflowError("too large"), 2, "epvlm: error: too large\n"),
+    ],
+)
+def test_how_an_error_ends(monkeypatch, capsys, error, status, line):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(epvlm, "run", fail)
+    assert main(["i", "e", "q"]) == status
+    assert capsys.readouterr() == ("", line)
+
+
+def test_an_error_in_the_midst_of_an_answer_ends_its_line(files, capsys, monkeypatch):
+    def tokens(model, *_):
+        yield from model.tokenizer.encode("half").ids
+        raise ValueError("not finite")
+
+    monkeypatch.setattr(EPVLM, "tokens", tokens)
+    assert main(["image.png", "none", *ASK]) == 2
+    out, err = capsys.readouterr()
+    assert out == "half\n" and err.endswith(" s\nepvlm: error: not finite\n")
 
 
 def test_an_error_in_a_process_of_its_own_has_no_traceback(files):
-    done = program("nowhere.png", "events.npy", QUESTION)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "epvlm: error: nowhere.png: no such file; give the path of an image\n"
+    with program("nowhere.png", "events.npy", QUESTION) as running:
+        out, err = running.communicate(timeout=60)
+    assert (running.returncode, out) == (2, b"")
+    assert err.startswith(b"epvlm: error: nowhere.png: ") and err.count(b"\n") == 1
 
 
-def test_no_network_and_nothing_cached(files):
-    env = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(files / "cache"), "HF_HOME": str(files / "home")}
-    done = program("image.png", "events.npy", QUESTION, env=env)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert "Qwen/Qwen2-VL-2B-Instruct: not in the local cache" in done.stderr and "--model DIR" in done.stderr
+def test_an_error_that_cannot_be_printed_still_has_its_status(files):
+    with open("/dev/full", "w") as full, program("nowhere.png", "none", "?", stderr=full) as running:
+        assert running.wait(60) == 2
 
 
-def test_a_cached_download_loads_through_its_symbolic_links(files):
-    """huggingface_hub's cache: snapshots/COMMIT/file is a link to ../../blobs/HASH."""
-    repository, commit = files / "cache" / "models--tiny--model", "0" * 40
-    for folder in ("blobs", f"snapshots/{commit}", "refs"):
-        (repository / folder).mkdir(parents=True)
-    (repository / "refs" / "main").write_text(commit)
-    for number, file in enumerate(sorted(Path("model").iterdir())):
-        shutil.copy(file, repository / "blobs" / str(number))
-        (repository / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{number}")
-    env = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(files / "cache")}
-    common = ("image.png", "events.npy", QUESTION, "--max-new-tokens", "5", "--model")
-    cached, local = program(*common, "tiny/model", "--revision", "main", env=env), program(*common, "model")
-    assert (cached.returncode, cached.stdout, told(cached.stderr)) == (0, local.stdout, told(local.stderr))
-    other = program(*common, "tiny/model", "--revision", "other", env=env)
-    assert other.returncode == 2 and "not in the local cache" in other.stderr
+@pytest.fixture
+def endless(files):
+    """Arguments of an answer that takes minutes."""
+    tiny.write(files / "endless", tied=False)
+    tensors = load_file("endless/model.safetensors")
+    tensors["lm_head.weight"][tiny.tokenizer().token_to_id("<|im_end|>")] = 0  # never the largest
+    save_file(tensors, "endless/model.safetensors")
+    return "image.png", "none", "?", "--model", "endless", "--max-new-tokens"
 
 
-def test_a_closed_pipe_ends_silently(files):
-    command = [
-        sys.executable,
-        str(PROGRAM),
-        "image.png",
-        "none",
-        QUESTION,
-        "--model",
-        "model",
-        "--max-new-tokens",
-        "4000",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
-        running.stdout.read(1)
+def test_an_interrupted_answer_ends_with_130(endless):
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731 (a suite in the background ignores it)
+    with program(*endless, "30000", preexec_fn=heard) as running:
+        os.read(running.stdout.fileno(), 1)
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=60)
+    assert running.returncode == 130 and b"Traceback" not in err and b"rror" not in err
+
+
+def test_an_ignored_interrupt_stays_ignored(endless):
+    """As in the background of a shell script."""
+    ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
+    with program(*endless, "100", preexec_fn=ignore) as running:
+        os.read(running.stdout.fileno(), 1)
+        running.send_signal(signal.SIGINT)
+        _, err = running.communicate(timeout=60)
+    assert running.returncode == 0 and err.endswith(b"stopped after 100 tokens\n")
+
+
+def test_a_closed_pipe_ends_with_1_and_without_a_word(endless):
+    with program(*endless, "30000") as running:
+        os.read(running.stdout.fileno(), 1)
         running.stdout.close()
-        assert told(running.stderr.read()) == "kept 48 of 48 patches (12 of 12 tokens), no events"
-        assert running.wait() == 1
-
-
-def test_the_real_frame_and_window(checkpoint, data, capsys):
-    folder = data / "recordings" / "slider_depth"
-    status = main([str(folder / "frame_00000002.png"), str(folder / "events_xypt_us.npy"), QUESTION, "--model",
-                   str(checkpoint[0]), "--window", "67500", "87500", "--max-new-tokens", "2"])  # fmt: skip
-    assert status == 0
-    assert told(capsys.readouterr().err) == "kept 108 of 216 patches (27 of 54 tokens), 6957 events in 20.0 ms"
+        err = running.stderr.read().decode()
+        assert kept(err.splitlines()) == "kept 48 of 48 patches (12 of 12 tokens), no events"
+        assert running.wait(60) == 1

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import scenes
-from events import accumulate, read_events
+from events import read_events
 from scenes import COLOURS, KINDS, SHAPES, Scene, Thing, choose, questions, record, render, scene
 
 SEEDS = st.integers(0, 10**6)
@@ -58,7 +59,7 @@ def test_things_are_inside_apart_and_of_their_colour(seed):
 @given(SEEDS)
 def test_events_lie_where_things_move_and_nowhere_else(seed):
     made = scene(seed)
-    E_v = accumulate(record(made), *made.size)
+    E_v = replace(record(made), sensor=(made.width, made.height)).accumulate()
     rest = E_v.copy()
     for thing in made.things:
         if thing.moves:
@@ -149,20 +150,25 @@ def test_kinds_and_answers_are_chosen_in_turn():
     assert set(chosen) == set(KINDS) and min(chosen.values()) > 150
 
 
-def test_the_command_writes_both_files_and_tells_the_questions(tmp_path):
+def test_the_command_writes_both_files_and_prints_the_questions(tmp_path):
     command = [sys.executable, scenes.__file__, "3", "--image", "a.png", "--events", "b.npy"]
-    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     made = scene(3)
     assert np.array_equal(np.asarray(Image.open(tmp_path / "a.png")), render(made))
     assert len(read_events(tmp_path / "b.npy")) == len(record(made))
-    assert told.count("\n") == len(questions(made)) and all(q.text in told for q in questions(made))
+    assert out.count("\n") == len(questions(made)) and all(q.text in out for q in questions(made))
     assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["a.png", "b.npy"]
 
 
 @pytest.mark.parametrize(
     "arguments", [["-1"], ["3", "--events", "no/b.npy"], ["3", "--image", "b", "--events", "b"], ["x"]]
 )
-def test_bad_arguments_are_one_line_and_write_nothing(tmp_path, arguments):
-    done = subprocess.run([sys.executable, scenes.__file__, *arguments], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("scenes: error: ")
-    assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+def test_bad_arguments_are_one_line_and_write_nothing(tmp_path, monkeypatch, capsys, arguments):
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = scenes.main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    out, err = capsys.readouterr()
+    assert (status, out, err.count("\n")) == (2, "", 1) and err.startswith("scenes: error: ")
+    assert not list(tmp_path.iterdir())

@@ -27,9 +27,11 @@ def tokenizer() -> Tokenizer:
     return byte_level(CORPUS, 300)
 
 
-def write(folder: Path, tied=True, shard="1GB", layout="nested", tokens: Tokenizer | None = None, seed=0):
-    """Writes a random float32 checkpoint through transformers' save_pretrained; returns the transformers model."""
-    tokens = tokens or tokenizer()
+def write(folder: Path, tied=True, shard="1GB", layout="nested", seed=0) -> Qwen2VLForConditionalGeneration:
+    """Writes a random float32 checkpoint through transformers' save_pretrained, and returns the model it holds.
+
+    shard: most bytes of a file of weights; layout: see `in_layout`."""
+    tokens = tokenizer()
     rope = {"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": MROPE}
     config = Qwen2VLConfig(
         text_config={**TEXT, "vocab_size": tokens.get_vocab_size() + 6, "rms_norm_eps": 1e-6, "rope_parameters": rope,
@@ -53,8 +55,14 @@ def write(folder: Path, tied=True, shard="1GB", layout="nested", tokens: Tokeniz
     return model
 
 
+def edit(path: Path, **change) -> None:
+    """Sets keys of a JSON file, which may be missing."""
+    content = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({**content, **change}))
+
+
 def published_tokenizer(folder: Path) -> None:
-    """tokenizer.json as published: three of the added tokens; tokenizer_config.json lists them all."""
+    """Rewrites tokenizer.json as it is published: with three of the added tokens; tokenizer_config.json lists all."""
     path = folder / "tokenizer.json"
     settings = json.loads(path.read_text())
     added = settings["added_tokens"]
@@ -65,20 +73,12 @@ def published_tokenizer(folder: Path) -> None:
 
 
 def in_layout(nested: dict, layout: str) -> dict:
-    """The nested config.json in another of its layouts: flat (as published), both, or nested."""
-    text = dict(nested["text_config"])
+    """The settings of a nested config.json in one of the layouts: flat (as published), both, or nested."""
+    if layout == "nested":
+        return nested
+    root, text, vision = dict(nested), dict(nested["text_config"]), dict(nested["vision_config"])
+    del root["text_config"], vision["rope_parameters"], vision["in_channels"]
     rope = text.pop("rope_parameters")
-    text |= {
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": {"type": "mrope", "mrope_section": rope["mrope_section"]},
-    }
-    vision = {
-        key: value for key, value in nested["vision_config"].items() if key not in ("rope_parameters", "in_channels")
-    }
-    vision["in_chans"] = 3
-    root = {key: value for key, value in nested.items() if key not in ("text_config", "vision_config")}
-    if layout == "flat":
-        return {**text, **root, "vision_config": vision}
-    if layout == "both":
-        return {**text, **root, "vision_config": vision, "text_config": text}
-    return nested
+    text["rope_theta"], mrope = rope["rope_theta"], {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    text["rope_scaling"], vision["in_chans"] = mrope, 3
+    return {**text, **root, "vision_config": vision, **({"text_config": text} if layout == "both" else {})}

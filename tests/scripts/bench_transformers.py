@@ -1,7 +1,7 @@
 """Ours against transformers on the same weights: time to the first token, decoding, loading, memory.
 
-    python tests/random_checkpoint.py 2B /tmp/random-2B --tokenizer path/to/tokenizer.json
-    python tests/bench_transformers.py /tmp/random-2B
+    python tests/scripts/random_checkpoint.py 2B /tmp/random-2B --tokenizer path/to/tokenizer.json
+    python tests/scripts/bench_transformers.py /tmp/random-2B
 
 Both run in one process, in turn, `--rounds` times; the table, in Markdown on standard output, has the medians and the
 median of the ratios. Ours is timed from image and event map to the first token, the choice of patches included;
@@ -27,11 +27,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from epvlm import EPVLM
+from epvlm import EPVLM, Options, Sampling, View
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "What is moving?"
 TOKENS = 16  # decoded
 SPARSITIES = (0.5, 0.7)
@@ -50,25 +50,25 @@ def inputs(patches: int) -> tuple[Image.Image, np.ndarray]:
 class Ours:
     def __init__(self, checkpoint: str, dtype: str, device: str):
         self.model = EPVLM.from_pretrained(checkpoint, device=device, dtype=dtype)
-        self.model.stop = set()  # random weights may say anything
+        self.model.ends = set()  # random weights may say anything
 
-    def first(self, patches: int, sparsity: float):
-        """One run to the first token; returns seconds."""
+    def first(self, patches: int, sparsity: float) -> float:
+        """Seconds of one run to the first token."""
         image, E_v = inputs(patches)
         start = time.perf_counter()
-        next(self.model.tokens(self.prompt(image, E_v, sparsity), max_new_tokens=1))
+        next(self.model.tokens(self.look(image, E_v, sparsity), QUESTION, Sampling(max_new_tokens=1)))
         return time.perf_counter() - start
 
-    def prompt(self, image, E_v, sparsity: float):
-        return self.model.prompt(image, E_v if sparsity else None, QUESTION, sparsity, max_pixels=10**9)
+    def look(self, image: Image.Image, E_v: np.ndarray, sparsity: float) -> View:
+        return self.model.look(image, E_v if sparsity else None, Options(sparsity=sparsity, max_pixels=10**9))
 
     def flops(self, patches: int, sparsity: float) -> int:
-        return self.model.flops(self.prompt(*inputs(patches), sparsity))[0]
+        return self.model.flops(self.look(*inputs(patches), sparsity), QUESTION)[0]
 
     def decode(self, patches: int) -> float:
         """Median seconds of a token after the first."""
-        times = []
-        for _ in self.model.tokens(self.prompt(*inputs(patches), 0), max_new_tokens=1 + TOKENS):
+        times, view = [], self.look(*inputs(patches), 0)
+        for _ in self.model.tokens(view, QUESTION, Sampling(max_new_tokens=1 + TOKENS)):
             times.append(time.perf_counter())
         return statistics.median(np.diff(times))
 
@@ -83,14 +83,14 @@ class Theirs:
         self.ours, self.device = ours, device
 
     def given(self, patches: int) -> dict:
-        prompt = self.ours.prompt(*inputs(patches), 0)
-        ids = prompt.input_ids[None].to(self.device)
+        view = self.ours.look(*inputs(patches), 0)
+        ids = self.ours.model.prompt(view, QUESTION)[0][None].to(self.device)
         return {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
             "mm_token_type_ids": (ids == self.model.config.image_token_id).int(),
-            "pixel_values": prompt.patches.to(self.device, self.model.dtype),
-            "image_grid_thw": torch.tensor([[1, *prompt.keep_patches.shape]], device=self.device),
+            "pixel_values": view.patches.to(self.device, self.model.dtype),
+            "image_grid_thw": torch.tensor([view.keep.shape], device=self.device),
             "do_sample": False,
             "eos_token_id": None,
         }
@@ -147,10 +147,11 @@ import sys; sys.path.insert(0, sys.argv[1])
 import numpy as np, time, torch
 from PIL import Image
 torch.set_num_threads(int(sys.argv[5]))
-from epvlm import EPVLM
+from epvlm import EPVLM, Options
 model = EPVLM.from_pretrained(sys.argv[2], device="cpu", dtype=sys.argv[3])
 given = np.load(sys.argv[4])
-next(model.tokens(model.prompt(Image.fromarray(given["image"]), None, "What is moving?", max_pixels=10**9), 1))
+view = model.look(Image.fromarray(given["image"]), None, Options(max_pixels=10**9))
+next(model.tokens(view, "What is moving?"))
 print(time.time(), *[line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")])
 """
 
@@ -164,7 +165,7 @@ model = Qwen2VLForConditionalGeneration.from_pretrained(sys.argv[2], dtype=dtype
 ids = torch.from_numpy(given["ids"])[None]
 model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == 151655).int(),
                pixel_values=torch.from_numpy(given["patches"]).to(dtype),
-               image_grid_thw=torch.tensor([[1, *given["grid"]]]), do_sample=False, max_new_tokens=1)
+               image_grid_thw=torch.tensor([given["grid"]]), do_sample=False, max_new_tokens=1)
 print(time.time(), *[line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")])
 """
 
@@ -222,11 +223,11 @@ def bench(args, watch: Watch) -> tuple[list[str], list[float]]:
     ours = Ours(args.checkpoint, args.dtype, args.device)
     theirs = Theirs(args.checkpoint, args.dtype, args.device, ours)
     found, noise = defaultdict(list), []
-    given = ours.prompt(*inputs(1024), 0)
+    view = ours.look(*inputs(1024), 0)
     folder = tempfile.TemporaryDirectory()
     file = Path(folder.name) / "given.npz"
-    np.savez(file, image=np.asarray(inputs(1024)[0]), ids=given.input_ids, patches=given.patches,
-             grid=given.keep_patches.shape)  # fmt: skip
+    ids = ours.model.prompt(view, QUESTION)[0]
+    np.savez(file, image=np.asarray(inputs(1024)[0]), ids=ids, patches=view.patches, grid=view.keep.shape)
     for number in range(-1, args.rounds):  # the first warms up
         for patches in args.patches:
             for sparsity in (0, *SPARSITIES):

@@ -1,6 +1,6 @@
 """The event path on the clock: ten million events, from a structured .npy in the page cache to the mask.
 
-    python tests/bench_events.py
+    python tests/scripts/bench_events.py
 
 Beside our accumulation run numpy's add.at, as much event-camera code has it, numpy's histogram2d and, where it is
 installed, tonic's to_frame; all in turn, medians of --rounds. A sensor of 640 x 480 pixels.
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from events import Events, accumulate, budget_mask, event_map, motion, read_events, resize
+from events import Events, budget_mask, motion, read_events, resize
 
 WIDTH, HEIGHT = 640, 480
 
@@ -33,8 +33,12 @@ def recording(count: int) -> np.ndarray:
 
 def to_mask(path: Path) -> np.ndarray:
     """What the program does with a recording."""
-    E_v, _ = event_map(read_events(path), None, (WIDTH, HEIGHT), None)
-    return budget_mask(motion(resize(E_v, 476, 644), 28), 0.5)
+    E_v = resize(ours(read_events(path)), 476, 644)[None]  # (1, H, W)
+    return budget_mask(motion(E_v, 28), 0.5)
+
+
+def ours(events: Events) -> np.ndarray:
+    return events.align((WIDTH, HEIGHT)).accumulate()
 
 
 def add_at(events: Events) -> np.ndarray:
@@ -48,18 +52,12 @@ def histogram(events: Events) -> np.ndarray:
     return np.histogram2d(events.y, events.x, edges)[0].astype(np.int64)
 
 
-def fresh(path: Path) -> Events:
-    """Read anew, so that nothing is remembered of it."""
-    return read_events(path)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--events", type=int, default=10_000_000)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    ways = {"accumulate (ours)": lambda events: accumulate(events, HEIGHT, WIDTH), "np.add.at": add_at,
-            "np.histogram2d": histogram}  # fmt: skip
+    ways = {"accumulate (ours)": ours, "np.add.at": add_at, "np.histogram2d": histogram}
     try:
         from tonic.transforms import ToFrame
 
@@ -70,13 +68,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         path, took, rows = Path(folder) / "events.npy", defaultdict(list), recording(args.events)
         np.save(path, rows)
-        expected = add_at(fresh(path))
+        expected = add_at(read_events(path))
         for _ in range(args.rounds):
             start = time.perf_counter()
             to_mask(path)
             took["file to mask (ours)"].append(time.perf_counter() - start)
             for name, way in ways.items():
-                events = rows if "tonic" in name else fresh(path)
+                events = rows if "tonic" in name else read_events(path)  # anew, since events remember their extent
                 start = time.perf_counter()
                 counts = way(events)
                 took[name].append(time.perf_counter() - start)

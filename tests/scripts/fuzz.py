@@ -1,14 +1,16 @@
 """Malformed files and questions, thousands of them, through all the readers: each is answered, or refused in a line.
 
-    python tests/fuzz.py --cases 10000 --seed 0
+    python tests/scripts/fuzz.py --cases 10000 --seed 0
 
 Cases are good files that were mutated, and files made to be bad. A case fails if it raises anything but an error that
-the command line turns into one line (`events.exit_status`), if that line does not name the file, if it takes more than
+the command line turns into one line (`epvlm.exit_status`), if that line does not name the file, if it takes more than
 10 s, or more memory than twice what a good file of its size takes, plus 64 MiB. Printed, by reader: how many were
 tried, how they ended, and the largest memory and time seen. Exit status 1 if any case failed; `--case N` repeats one.
 """
 
 import argparse
+import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -27,13 +29,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import tiny
 import weights
-from epvlm import EPVLM
-from events import REFUSALS
+from epvlm import EPVLM, Sampling, exit_status
+from llm import prompt_ids
 
 SECONDS, SPARE = 10, 64 * 2**20
 TOKEN = 4 * (128 + 4 * 64 + 3 * 96)  # bytes of one in the small model: keys, values and the widest layer, float32
@@ -64,8 +67,7 @@ class Bench:
 
     def answer(self, image=None, events=None, question="What?", model=None) -> None:
         model = model or self.model
-        prompt = model.prompt(image or self.image, events, question)
-        "".join(model.stream(prompt, max_new_tokens=2))
+        model.answer(image or self.image, events, question, sampling=Sampling(max_new_tokens=2))
 
 
 def mutate(rng: np.random.Generator, data: bytes) -> bytes:
@@ -260,17 +262,28 @@ def checkpoint(rng, bench: Bench) -> dict:
         case 2:
             json_value(rng, folder / "config.json")
         case 3:
-            names = ["config.json", "preprocessor_config.json", "generation_config.json", "tokenizer.json"]
-            path = folder / str(rng.choice(names))
+            path = folder / str(rng.choice(["config.json", "tokenizer.json", *settings(bench)]))
             rewrite(path, mutate(rng, path.read_bytes() if path.exists() else b"{}"))
         case 4:
             index(rng, folder)
         case 5:
-            path = folder / str(rng.choice(["preprocessor_config.json", "generation_config.json"]))
-            limits = {"min_pixels": 3136, "max_pixels": 10**6, "eos_token_id": [3], "image_mean": [0.5] * 3, "size": {}}
-            rewrite(path, json.dumps(limits).encode())
-            json_value(rng, path)
+            name, content = list(settings(bench).items())[rng.integers(4)]
+            rewrite(folder / name, json.dumps(content).encode())
+            json_value(rng, folder / name)
     return {"model": folder}
+
+
+def settings(bench: Bench) -> dict[str, dict]:
+    """Good files of settings that a checkpoint may have or lack."""
+    limits = {"min_pixels": 3136, "max_pixels": 10**6, "image_mean": [0.5] * 3, "size": {"longest_edge": 10**6}}
+    token = {"content": "<|new|>", "special": True, "lstrip": False}
+    listed = {str(bench.model.tokenizer.get_vocab_size()): token}
+    return {
+        "preprocessor_config.json": limits,
+        "processor_config.json": {"image_processor": limits},
+        "generation_config.json": {"eos_token_id": [3], "repetition_penalty": 1.05},
+        "tokenizer_config.json": {"added_tokens_decoder": listed, "chat_template": "a text"},
+    }
 
 
 def rewrite(path: Path, data: bytes) -> None:
@@ -379,12 +392,14 @@ def use(bench: Bench, case: dict) -> None:
     if "model" in case:
         bench.answer(model=EPVLM.from_pretrained(case["model"], device="cpu"))
     elif "tokenizer" in case:
-        found = weights.read_tokenizer(case["tokenizer"], 400, tiny.SPECIALS)
-        EPVLM(bench.model.vit, bench.model.llm, found, bench.model.image_config).text_ids("What is moving?")
+        found = weights.read_tokenizer(case["tokenizer"], 400)
+        EPVLM(dataclasses.replace(bench.model.checkpoint, tokenizer=found))
+        prompt_ids(found, "What is moving?")
     elif "question" in case:
-        before, after = bench.model.text_ids(case["question"])
-        special = {bench.model.tokenizer.token_to_id(text) for text in tiny.SPECIALS}
-        inner = after[1 : after.index(bench.model.special["im_end"], 1)]
+        tokenizer = bench.model.tokenizer
+        before, after = prompt_ids(tokenizer, case["question"])
+        special = {tokenizer.token_to_id(text) for text in tiny.SPECIALS}
+        inner = after[1 : after.index(tokenizer.token_to_id("<|im_end|>"), 1)]
         if special & set(inner) or sum(token in special for token in before + after) != 7:
             raise AssertionError("a special token came from the question")
         bench.answer(question=case["question"])
@@ -405,16 +420,18 @@ def reset() -> int:
 
 def run(bench: Bench, case: dict) -> tuple[str, str, float, int]:
     """How a case ended (answered, refused, or what failed), in what words, its seconds and bytes."""
-    start, before = time.perf_counter(), reset()
+    start, before, stderr = time.perf_counter(), reset(), io.StringIO()
     try:
-        with warnings.catch_warnings(action="ignore"):
-            use(bench, case)
-        ended, told = "answered", ""
-    except REFUSALS as error:
-        ended, told = "refused", " ".join(str(error).split()) or type(error).__name__
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(stderr):
+            status = exit_status("fuzz", lambda: use(bench, case))
+        if status == 130:
+            raise KeyboardInterrupt
+        ended, told = {0: "answered", 2: "refused"}.get(status, f"ended with {status}"), stderr.getvalue()
+        if told.count("\n") != (status == 2):
+            ended = "printed other than one line"
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:  # also what the libraries raise past Exception
-        if isinstance(error, KeyboardInterrupt):
-            raise
         ended, told = f"raised {type(error).__name__}", "".join(traceback.format_exception(error)[-3:])
     seconds, memory = time.perf_counter() - start, peak() - before
     path = next(iter(case.values()))
@@ -442,7 +459,7 @@ def claimed(case: dict) -> int:
 
 def named(told: str) -> bool:
     """Whether a line names what is wrong in another way than by the file's path."""
-    return any(word in told for word in ("question", "--max-pixels", "--sensor", "scores in", "the image", "crop it"))
+    return any(word in told for word in ("question", "max_pixels", "sensor", "scores in", "the image", "crop it"))
 
 
 def fuzz(cases: int, seed: int, only: int | None = None) -> Counter:

@@ -1,6 +1,6 @@
 """Writes a checkpoint of random weights at a published model's shapes, names and layout, to try the program at size.
 
-    python tests/random_checkpoint.py 2B /tmp/random-2B --tokenizer path/to/tokenizer.json
+    python tests/scripts/random_checkpoint.py 2B /tmp/random-2B --tokenizer path/to/tokenizer.json
 
 2B takes 4.4 GB of disk, 7B 16.6 GB. One shard at a time is held in memory (at most 1 GiB, or one tensor).
 """
@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from epvlm import build, published
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from weights import build, published
 
 SIZES = {
     "2B": {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2,

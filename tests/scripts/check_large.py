@@ -1,6 +1,6 @@
 """Runs the program at real shapes: an answer from the command line, and first-token logits against transformers.
 
-    python tests/check_large.py /tmp/random-2B frame.png events.npy --window 67500 87500
+    python tests/scripts/check_large.py /tmp/random-2B frame.png events.npy --window 67500 87500
 
 The checkpoint is one written by random_checkpoint.py, or the published one. Each model runs in a process of its own,
 one after the other, since two float32 copies of 2B (8.8 GB each) seldom fit. Prints the answer, the peak resident
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 QUESTION = "What is moving?"
 
 OURS = """
@@ -24,9 +24,9 @@ import sys; sys.path.insert(0, sys.argv[1])
 import numpy as np
 from epvlm import EPVLM
 model = EPVLM.from_pretrained(sys.argv[2], dtype="float32", device="cpu")
-prompt = model.prompt(sys.argv[3], None, sys.argv[4])
-np.savez(sys.argv[5], ids=prompt.input_ids, patches=prompt.patches, grid=prompt.keep_patches.shape,
-         logits=model.logits(prompt)[-1])
+view, question = model.look(sys.argv[3]), sys.argv[4]
+np.savez(sys.argv[5], ids=model.prompt(view, question)[0], patches=view.patches, grid=view.keep.shape,
+         logits=model.logits(view, question)[-1])
 """
 
 THEIRS = """
@@ -38,7 +38,7 @@ given = np.load(sys.argv[2])
 ids = torch.from_numpy(given["ids"])[None]
 with torch.no_grad():
     out = model(input_ids=ids, mm_token_type_ids=(ids == 151655).int(), pixel_values=torch.from_numpy(given["patches"]),
-                image_grid_thw=torch.tensor([[1, *given["grid"]]]), logits_to_keep=1)
+                image_grid_thw=torch.tensor([given["grid"]]), logits_to_keep=1)
 np.save(sys.argv[3], out.logits[0, -1].numpy())
 """
 

@@ -1,0 +1,95 @@
+"""What the scripts of this folder share: the way to the modules of the root, files written whole, and the interval of
+a share. Every script imports it before it imports those modules.
+"""
+
+import contextlib
+import os
+import sys
+import warnings
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from epvlm import EPVLM, exit_status  # noqa: E402, F401 (the scripts take exit_status from here)
+from weights import DTYPES  # noqa: E402
+
+DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
+TINY = ROOT / "examples" / "tiny"  # the checkpoint that train_tiny.py made
+
+
+class Parser(ArgumentParser):
+    """Says in one line what is wrong."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the options)\n")
+
+
+def add_model(parser: ArgumentParser) -> None:
+    """The flags that say which model, for `load`."""
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="checkpoint folder or hub id (default: %(default)s)")
+    parser.add_argument("--revision", help="branch, tag or commit of the hub id")
+    parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="(default: the checkpoint's)")
+
+
+def load(args: Namespace) -> EPVLM:
+    """The model that the flags of `add_model` name."""
+    return EPVLM.from_pretrained(args.model, args.revision, args.device, args.dtype)
+
+
+@contextlib.contextmanager
+def warnings_as_lines(program: str) -> Iterator[None]:
+    """Prints what the block warns of when it ends, a line on stderr for each message; after an error nothing."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        print(f"{program}: warning: {message}", file=sys.stderr, flush=True)
+
+
+def check_output(path: Path, suffix: str = "", inputs: Iterable[str] = ()) -> Path:
+    """Where a file of that name is written, links followed. Raises ValueError, before any work, where it cannot be, for
+    one of the inputs, and for a name that does not end in `suffix`."""
+    place = Path(os.path.realpath(path))  # which, unlike Path's, raises nothing
+    if not place.parent.is_dir() or (place.exists() and not place.is_file()):
+        raise ValueError(f"{path}: cannot be written there; give a file's name in a folder that exists")
+    if place in [Path(os.path.realpath(name)) for name in inputs]:
+        raise ValueError(f"{path}: is one of the inputs; give another name")
+    if not path.name.lower().endswith(suffix):
+        raise ValueError(f"{path}: it is written as {suffix}; name it so")
+    return place
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Lets `write` fill a file beside and renames it, so that `path` is the old file or the new one, never half."""
+    place = check_output(path)
+    beside = place.with_name(f".{place.name}.{os.getpid()}")
+    try:
+        with beside.open("wb") as file:
+            write(file)
+        beside.replace(place)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"{path}: cannot be written ({reason}); make room, or write elsewhere") from None
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+
+
+def accuracy(by_scene: list[tuple[int, int]]) -> str:
+    """Right answers of a hundred and Wilson's 95 % interval, "97.1 (95.9–98.0)", from (right, asked) of each scene.
+
+    Answers about one scene are not independent: n is the number of questions that, if they were, would vary as much."""
+    right, n = (sum(part) for part in zip(*by_scene, strict=True)) if by_scene else (0, 0)
+    if not n:
+        return "none asked"
+    p, z = right / n, 1.96
+    variance = sum((ok - p * asked) ** 2 for ok, asked in by_scene) / n**2  # of p
+    n = min(n, p * (1 - p) / variance) if variance else n
+    middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
+    low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    return f"{100 * p:.1f} ({100 * low:.1f}–{100 * high:.1f})"
