@@ -10,9 +10,7 @@ First look, then ask; each step names the module that holds its equations:
                     -> X_a              f(concat(H_v, H_q)), the answer                llm.py      Eq. 4
 
 Glossary
-    T                moments of the input, 1 for a still image
-    N, N'            patches of the dense input, and patches kept
-    L                tokens of the prompt: text, and one for each group (2 x 2 patches, 28 x 28 pixels) kept
+    T, N, N', L      moments (1 for a still image), patches of the dense input, patches kept, tokens of the prompt
     keep, groups     the mask by patch (T, grid_h, grid_w) and by group (T, groups_h, groups_w): True keeps, False drops
     sparsity         fraction of cells dropped, as in Table 1; Eq. 6's tau = 1 - sparsity is the fraction kept
 
@@ -20,7 +18,6 @@ What differs from plain Qwen2-VL: the mask. Without events, or at sparsity 0, th
 """
 
 import argparse
-import contextlib
 import math
 import os
 import sys
@@ -38,12 +35,13 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 import weights
-from events import MICROSECONDS, RULES, motion, read_events, resize
+from events import MICROSECONDS, RULES, motion, need, read_events, resize
 from llm import SYSTEM, KVCache, generate, mrope_positions, prompt_ids, sampler
 from vit import packed_patches, read_image, smart_resize
 
 GROUNDING = {f"<|{name}_{side}|>" for name in ("object_ref", "box", "quad") for side in ("start", "end")}
 ORDERS = tuple(map("".join, permutations("xytp")))
+NO_QUESTION = "no question; give one after the events, or one a line on standard input"
 
 
 def flag(default, help: str, **reading):
@@ -77,8 +75,7 @@ class Options:
             value, choices = getattr(self, each.name), each.metadata.get("choices")
             if choices and value not in (*choices, each.default):
                 raise ValueError(f"{each.name} {value!r}: give one of {', '.join(choices)}")
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity {self.sparsity} is not in [0, 1); it is the fraction dropped, 0 keeps all")
+        need(0 <= self.sparsity < 1, f"sparsity {self.sparsity} must be in [0, 1), the fraction dropped")
         if self.window is not None and not -math.inf < self.window[0] <= self.window[1] < math.inf:
             raise ValueError("window {:g} {:g}: give a start and a later end, in microseconds".format(*self.window))
 
@@ -95,10 +92,10 @@ class Sampling:
 
     def __post_init__(self):
         penalty = 1.0 if self.repetition_penalty is None else self.repetition_penalty
-        if self.max_new_tokens < 1 or not 0 <= self.temperature < math.inf:
-            raise ValueError(f"max_new_tokens {self.max_new_tokens} must be >= 1, temperature {self.temperature} >= 0")
-        if not 0 < self.top_p <= 1 or not 0 < penalty < math.inf:
-            raise ValueError(f"top_p {self.top_p} must be in (0, 1], repetition_penalty {penalty} above 0")
+        need(self.max_new_tokens >= 1, f"max_new_tokens {self.max_new_tokens} must be at least 1")
+        need(0 <= self.temperature < math.inf, f"temperature {self.temperature} must be 0 or above")
+        need(0 < self.top_p <= 1, f"top_p {self.top_p} must be in (0, 1]")
+        need(0 < penalty < math.inf, f"repetition_penalty {penalty} must be above 0")
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,9 +131,8 @@ class EPVLM:
 
     @classmethod
     def from_pretrained(cls, model: str | Path, revision: str | None = None, device=None, dtype=None) -> "EPVLM":
-        """Loads a checkpoint: a folder, or a hub id at a `revision` (branch, tag or commit). device: None takes a CUDA
-        GPU if there is one, else the CPU. dtype: a torch.dtype or its name, None the checkpoint's own. Raises
-        ValueError that names a fault."""
+        """Loads a folder, or a hub id at a `revision` (branch, tag or commit). device: None takes a CUDA GPU, else the
+        CPU. dtype: a torch.dtype or its name, None the checkpoint's own. Raises ValueError that names a fault."""
         return cls(weights.load(model, revision, device, dtype))
 
     def look(self, image: str | Path | Image.Image, events=None, options: Options = Options()) -> View:
@@ -145,7 +141,8 @@ class EPVLM:
         remedy. Warns of what is likely a mistake."""
         image, config = read_image(image), self.vit.config
         patch, merge, group = config.patch_size, config.spatial_merge_size, config.group_size
-        limits = {name: getattr(options, name) for name in ("min_pixels", "max_pixels") if getattr(options, name)}
+        limits = {name: getattr(options, name) for name in ("min_pixels", "max_pixels")}
+        limits = {name: value for name, value in limits.items() if value is not None}
         H, W = smart_resize(image.height, image.width, group, replace(self.image_config, **limits))  # pixels
         keep, source, S = torch.ones(1, H // patch, W // patch, dtype=torch.bool), "no events", None
         if events is not None:
@@ -158,8 +155,7 @@ class EPVLM:
         groups = keep.unflatten(2, (-1, merge)).unflatten(1, (-1, merge)).any(dim=4).any(dim=2)
         patches = packed_patches(image, keep, config, self.image_config)  # Eq. 7: (N', 1176)
         if options.system is None and not self.checkpoint.usual_system:
-            doubt = "the checkpoint's chat template has another system turn; give it by --system TEXT"
-            warnings.warn(doubt, stacklevel=2)
+            warnings.warn("the chat template has another system turn; give it by --system TEXT", stacklevel=2)
         return View(patches, keep, groups, S, source, options.system)
 
     def prompt(self, view: View, question: str) -> tuple[Tensor, Tensor]:
@@ -171,18 +167,19 @@ class EPVLM:
         return ids, mrope_positions(len(before), view.groups, len(after))
 
     def check_room(self, view: View, text: int) -> None:
-        """Raises ValueError, with what brings it under, if a view and `text` tokens exceed the model's context or,
-        roughly, the free memory."""
+        """Raises ValueError, with what then fits, if a view and `text` tokens exceed the context or the free memory."""
         llm, width, limit = self.llm.config, self.vit.config.group_size, self.llm.config.max_position_embeddings
         token = 2 * llm.num_hidden_layers * llm.num_key_value_heads * llm.head_dim  # numbers held of a token,
         token += 4 * llm.hidden_size + 3 * llm.intermediate_size + 48 * self.vit.config.embed_dim  # or read at once
         free = weights.free_memory(self.weight.device)
         room = int(min(limit, free // (token * self.weight.element_size()))) - text - 1  # for the image
         if view.tokens > room:
-            room = max(1, room - 127)  # leaves space for a usual answer
-            remedy = f"give max_pixels {room * width**2} or less, or with events sparsity "
-            remedy += f"0.{math.ceil(100 * (1 - room / view.groups.numel())):02} or more, or shorten the question"
             over = f"{view.tokens} tokens of the image and {text} of text exceed the model's {limit}"
+            remedy, room = "shorten the question", room - 127  # leaves space for a usual answer
+            if room > 0:
+                sparsity = f"0.{min(99, math.ceil(100 * (1 - room / view.groups.numel()))):02}"
+                fits = f"max_pixels {room * width**2} or less, or with events sparsity {sparsity} or more"
+                remedy = f"give {fits}, or {remedy}"
             raise ValueError(f"{over} or {free / 2**30:.3g} GiB of free memory; {remedy}")
 
     def embed(self, view: View, ids: Tensor) -> Tensor:
@@ -273,8 +270,7 @@ def exit_status(program: str, work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, OSError, MemoryError, ArithmeticError, RuntimeError) as error:  # torch's are RuntimeError
-        with contextlib.suppress(OSError):  # where it cannot be printed, the status still says it
-            print(f"{program}: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        print(f"{program}: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
         return 2
     return 0
 
@@ -287,7 +283,7 @@ def run(args: argparse.Namespace) -> None:
         image = read_image(args.image)
         events = None if args.events == "none" else read_events(args.events, options.order, options.time_unit)
         if args.question is None and not (sys.stdin and (sys.stdin.isatty() or sys.stdin.buffer.peek())):
-            raise ValueError("no question; give one after the events, or one a line on standard input")
+            raise ValueError(NO_QUESTION)
         model = EPVLM.from_pretrained(args.model, args.revision, args.device, args.dtype)
         start = time.perf_counter()
         view = model.look(image, events, options)
@@ -307,7 +303,7 @@ def run(args: argparse.Namespace) -> None:
             failed += 1
             print(f"epvlm: question {asked}: {error}", file=sys.stderr)
     if not sys.stdin.isatty() and (failed or not asked):
-        raise ValueError(f"{failed or 'no'} questions of {asked} could not be answered; correct them")
+        raise ValueError(f"{failed} of {asked} questions could not be answered; correct them" if asked else NO_QUESTION)
 
 
 def lines() -> Iterator[str]:

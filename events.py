@@ -4,10 +4,9 @@ Equations: 5 (motion of a cell), 6 (the mask; as printed, and with an exact budg
 
 Glossary
     x, y, t, p       an event: column and row (pixels), time (microseconds), polarity (on or off)
-    T                moments of the input, 1 for a still image
     E_v              event map: events of a time window added up by pixel, first at the sensor's size, then the input's
     cell             what the mask decides on: a group, 28 x 28 pixels (the default), or a patch, 14 x 14
-    S                (T, cells_h, cells_w), Eq. 5: motion of each cell, in the unit that `resize` gives E_v
+    S                (T, cells_h, cells_w), Eq. 5: motion of each cell, in the unit of `resize`; T = 1 for a still image
     tau              fraction kept, as in Eq. 6; `sparsity` = 1 - tau is the fraction dropped, as in Table 1
     mask             (T, cells_h, cells_w) bool, Eq. 6's M_v^E: True keeps, False drops
 
@@ -61,16 +60,15 @@ class Events:
     def within(self, window: tuple[float, float]) -> "Events":
         """The events from start to end, both included, in microseconds. Raises ValueError if there are none then."""
         inside = (self.t >= window[0]) & (self.t <= window[1])
-        times = (np.format_float_positional(time, trim="-") for time in (*window, *self.span))
-        told = "no event from {} to {} us, it goes from {} to {} us; change window or time_unit".format(*times)
-        need(inside.any() or not len(self), f"{self.name}: {told}")
+        told = "no event from {:.16g} to {:.16g} us, it goes from {:.16g} to {:.16g} us".format(*window, *self.span)
+        need(inside.any() or not len(self), f"{self.name}: {told}; change window or time_unit")
         x, y, t, p = (column[inside] for column in (self.x, self.y, self.t, self.p))
         return replace(self, x=x, y=y, t=t, p=p, window=tuple(map(float, window)))
 
     def align(self, size: tuple[int, int], sensor=None, window=None) -> "Events":
-        """The recording aligned with an image, as the paper asks: the events of the window (start, end) in microseconds
-        (None: all), on a sensor (width, height) in pixels (None: the image's `size`) that sees what the image shows.
-        Raises ValueError for events outside the sensor and a window without any. Warns of a doubtful sensor."""
+        """The recording aligned with an image of `size`, as the paper asks: the events of a window (start, end) in
+        microseconds (None: all) on a sensor (width, height) in pixels (None: `size`) that sees what the image shows.
+        Raises ValueError for events outside the sensor or none in the window. Warns of a doubtful sensor."""
         aligned = replace(self, sensor=tuple(sensor or size))
         check_sensor(aligned, size, guessed=not sensor)  # with all events, also those outside the window
         return aligned.within(window) if window is not None else aligned
@@ -121,7 +119,8 @@ def read_events(source, order: str | None = None, time_unit: str | None = None) 
         return source
     name, data = ("the events", source) if isinstance(source, np.ndarray) else (str(source), load(Path(source)))
     if isinstance(data, np.ndarray) and not data.dtype.names:
-        if data.ndim != 2 or data.shape[1] != 4:
+        if data.ndim != 2 or data.shape[1] != 4 or data.dtype.kind not in "biuf":
+            need(order is None, f"{name}: shape {data.shape} of {data.dtype} is not N x 4 events; leave order out")
             return EventMap(check_map(data, name))
         data = dict(zip(order or find_order(data, name), data.T, strict=True))
     events = Events(*(np.ravel(data[key]) for key in find_columns(data, name)), name)
@@ -131,13 +130,13 @@ def read_events(source, order: str | None = None, time_unit: str | None = None) 
         warnings.warn(f"{name}: {doubt}, if they are not, give time_unit s, ms or ns (us silences this)", stacklevel=2)
     if time_unit in (None, "us"):
         return events
-    return replace(events, t=np.round(events.t * MICROSECONDS[time_unit], 3))  # to a nanosecond
+    return replace(events, t=np.round(events.t.astype(np.float64) * MICROSECONDS[time_unit], 3))  # to a nanosecond
 
 
 def load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
     """What a .npy or .npz file holds. Raises ValueError that names the file."""
     try:
-        need(path.is_file() or not path.exists(), "not a file")
+        need(path.is_file(), "not a file" if path.exists() else "no such file")
         with path.open("rb") as file:
             known = file.read(6).startswith((b"\x93NUMPY", b"PK", b"\x80"))  # the last a pickle, which np.load refuses
             need(known, "neither .npy nor .npz")
@@ -151,8 +150,6 @@ def load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
         arrays = {key: data[key] for key in keys}
         need(all(isinstance(array, np.ndarray) for array in arrays.values()), f"{', '.join(keys)} are no arrays")
         return next(iter(arrays.values())) if len(arrays) == 1 else arrays
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; give a .npy or .npz of events, or none") from None
     except Exception as error:  # numpy, zipfile, zlib and tokenize raise errors of many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
         remedy = "give a whole .npy or .npz (README.md, Input, says how to convert other files and pickles)"
@@ -231,8 +228,9 @@ def check_sensor(events: Events, size: tuple[int, int], guessed: bool) -> None:
     guessed from the image's size, does not seem to be the camera's."""
     width, height = events.sensor
     need(min(width, height) > 0 and width * height <= MOST, f"a sensor of {width} x {height}; give its real size")
-    columns = (events.x, events.y) if len(events) else (np.zeros(1), np.zeros(1))
-    left, right, top, bottom = (int(end) for column in columns for end in (column.min(), column.max()))
+    if not len(events):
+        return warnings.warn(f"{events.name}: no events at all; the cells that are kept mean nothing", stacklevel=4)
+    left, right, top, bottom = (int(end) for column in (events.x, events.y) for end in (column.min(), column.max()))
     extent = f"events cover x {left} to {right} and y {top} to {bottom}, not inside {width} x {height} pixels"
     remedy = "give the camera's size as sensor, WIDTHxHEIGHT" if min(left, top) >= 0 else "drop those below 0"
     remedy += ", or exchange x and y" if 0 <= left <= right < height and 0 <= top <= bottom < width else ""
@@ -242,8 +240,7 @@ def check_sensor(events: Events, size: tuple[int, int], guessed: bool) -> None:
         doubt = f"a sensor of {width} x {height} pixels, an image of {size[0]} x {size[1]}; they must show the same"
     if guessed and 2 * right < width and 2 * bottom < height:
         doubt = "all events lie in the image's first quarter; if the event camera is smaller, give its size as sensor"
-    if doubt or not len(events):
-        doubt = doubt if len(events) else "no events at all; the cells that are kept mean nothing"
+    if doubt:
         warnings.warn(f"{events.name}: {doubt}", stacklevel=4)
 
 

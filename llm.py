@@ -4,9 +4,8 @@ Equations: 4 (X_a = f(concat(H_v, H_q)): `Decoder` is f, `generate` reads the an
 position embedding, is not in the paper; the rule is that of Eq. 8: dense positions, then packed.
 
 Glossary
-    T                moments of the input, 1 for a still image
     L                tokens of the prompt: text, and one for each group kept
-    groups           (T, groups_h, groups_w) bool, the mask by group: True keeps, False drops
+    groups           (T, groups_h, groups_w) bool, the mask by group: True keeps, False drops; a still image has T = 1
     positions        (3, L) int64, M-RoPE: time, row and column of every token
     hidden           (B, L, hidden_size), B = 1 when answering
     cache            keys and values of the tokens read so far, preallocated
@@ -102,9 +101,8 @@ class KVCache:
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Stores k, v (1, kv_heads, new, head_dim) after the tokens held, and returns all of the layer's."""
         end = self.filled + k.shape[2]
-        self.held[0, layer, :, :, self.filled : end] = k
-        self.held[1, layer, :, :, self.filled : end] = v
-        return self.held[0, layer, :, :, :end], self.held[1, layer, :, :, :end]
+        self.held[:, layer, :, :, self.filled : end] = torch.stack((k, v))
+        return self.held[:, layer, :, :, :end].unbind()
 
 
 class RMSNorm(nn.RMSNorm):  # normalised in float32, cast back, then times the weight
@@ -129,11 +127,11 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, kv_width)
         self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int, wanted: int) -> Tensor:
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], cache: KVCache | None, layer: int, wanted: int) -> Tensor:
         q, k, v = self.q_proj(x[:, -wanted:]), self.k_proj(x), self.v_proj(x)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # (B, L, heads, head_dim)
-        q = rotate(q, cos[..., -wanted:, :, :], sin[..., -wanted:, :, :]).transpose(1, 2)
-        k, v = rotate(k, cos, sin).transpose(1, 2), v.transpose(1, 2)
+        q = rotate(q, *(part[..., -wanted:, :, :] for part in turn)).transpose(1, 2)
+        k, v = rotate(k, *turn).transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, kv_heads, held + new, head_dim)
         if wanted == 1:
@@ -163,9 +161,9 @@ class Layer(nn.Module):
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int, wanted: int) -> Tensor:
-        """x (B, L, hidden_size) to the output of its last `wanted` positions."""
-        x = x[:, -wanted:] + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer, wanted)
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], cache: KVCache | None, layer: int, wanted: int) -> Tensor:
+        """x (B, L, hidden_size) to the output of its last `wanted` positions; turn: see `cos_sin`."""
+        x = x[:, -wanted:] + self.self_attn(self.input_layernorm(x), turn, cache, layer, wanted)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -192,12 +190,12 @@ class Decoder(nn.Module):
         """hidden (B, L, hidden_size) and positions (3, L) or (3, B, L) of tokens that follow those in `cache`. Returns
         the last layer's output, normalised, of the last `wanted` positions, 0 for all: (B, wanted, hidden_size);
         `logits` turns it into scores. The last layer computes only the wanted positions."""
-        cos, sin = cos_sin(mrope_angles(positions.to(hidden.device), self.config), hidden.dtype)
+        turn = cos_sin(mrope_angles(positions.to(hidden.device), self.config), hidden.dtype)
         *layers, last = self.model["layers"]
         new = hidden.shape[1]
         for number, layer in enumerate(layers):
-            hidden = layer(hidden, cos, sin, cache, number, new)
-        hidden = last(hidden, cos, sin, cache, len(layers), wanted or new)
+            hidden = layer(hidden, turn, cache, number, new)
+        hidden = last(hidden, turn, cache, len(layers), wanted or new)
         if cache is not None:
             cache.filled += new
         return self.model["norm"](hidden)
@@ -224,19 +222,17 @@ def sampler(sampling, ids: Tensor) -> Callable[[Tensor], int]:
     generator, seen = torch.Generator().manual_seed(sampling.seed % 2**63), set(ids.tolist())
 
     def choose(logits: Tensor) -> int:
-        if (penalty := sampling.repetition_penalty) != 1:
+        if (penalty := sampling.repetition_penalty or 1) != 1:
             logits, old = logits.clone(), torch.tensor(sorted(seen), device=logits.device)
             logits[old] = torch.where(logits[old] < 0, logits[old] * penalty, logits[old] / penalty)
-        seen.add(token := draw(logits))
-        return token
-
-    def draw(logits: Tensor) -> int:
-        if sampling.temperature == 0:
-            return int(logits.argmax())
-        logits = logits.cpu().double()  # and the largest taken off: a small temperature must not overflow
-        probability, token = ((logits - logits.max()) / sampling.temperature).softmax(-1).sort(descending=True)
-        probability[probability.cumsum(-1) - probability >= sampling.top_p] = 0  # what those before it already fill
-        return int(token[torch.multinomial(probability, 1, generator=generator)])
+        token = logits.argmax()
+        if sampling.temperature > 0:
+            logits = logits.cpu().double()  # and the largest taken off: a small temperature must not overflow
+            probability, order = ((logits - logits.max()) / sampling.temperature).softmax(-1).sort(descending=True)
+            probability[probability.cumsum(-1) - probability >= sampling.top_p] = 0  # those before it fill top_p
+            token = order[torch.multinomial(probability, 1, generator=generator)]
+        seen.add(int(token))
+        return int(token)
 
     return choose
 

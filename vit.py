@@ -4,10 +4,8 @@ Equations: 1 and 3 (the dense case, nothing dropped), 7 and 8 (Pack), 9 (the tra
 
 Glossary
     X_v              the image after smart_resize, (T, H, W, 3) uint8, H and W multiples of 28 pixels
-    T                moments of the input, 1 for a still image, which stands for both frames of its moment
     p                patch side, 14 pixels; M_v the merge size, 2 patches; a group is M_v x M_v patches, 28 x 28 pixels
-    N, N'            patches of the dense input, T * (H/14) * (W/14), and patches kept
-    keep             (T, grid_h, grid_w) bool, the mask by patch: True keeps, False drops
+    T, N, N', keep   as in rope2d.py: moments, patches of the dense input, patches kept, the mask by patch
     X~_v, R~^2D      packed patches (N', 1176) and packed rotary angles (N', head_dim/2)
     z, Z_v           what the layers pass on, (B, N', embed_dim), and the last one's; B is 1 when answering
     H_v              visual tokens (B, groups kept, hidden_size)
@@ -58,8 +56,7 @@ class VisionConfig:
 
     @property
     def group_size(self) -> int:
-        """Side of a group, pixels."""
-        return self.patch_size * self.spatial_merge_size
+        return self.patch_size * self.spatial_merge_size  # pixels, the side of a group
 
 
 def smart_resize(height: int, width: int, factor: int, limits: ImageConfig) -> tuple[int, int]:
@@ -68,8 +65,8 @@ def smart_resize(height: int, width: int, factor: int, limits: ImageConfig) -> t
     smart_resize in transformers' image_processing_qwen2_vl.py."""
     if not 0 < max(height, width) <= 200 * min(height, width):
         raise ValueError(f"an image of {width} x {height} pixels has sides over 200 : 1; crop it")
-    if limits.min_pixels > limits.max_pixels:
-        raise ValueError(f"min_pixels {limits.min_pixels} is above max_pixels {limits.max_pixels}; change one")
+    if not 0 < (low := limits.min_pixels) <= (high := limits.max_pixels):
+        raise ValueError(f"min_pixels {low} must be at least 1 and at most max_pixels {high}; change one")
     h, w = (round(side / factor) * factor for side in (height, width))
     if h * w > limits.max_pixels:
         beta = math.sqrt(height * width / limits.max_pixels)

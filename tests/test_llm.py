@@ -22,22 +22,23 @@ from oracles import assert_close
 from strategies import CLIP, TEXTS, group_masks
 
 NO_IDS = torch.tensor([], dtype=torch.int64)  # no prompt
-
-
-def config(**changed) -> DecoderConfig:
-    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "mrope_section": (2, 3, 3)}
-    return DecoderConfig(**{**sizes, "vocab_size": 50, "intermediate_size": 96, "num_hidden_layers": 2, **changed})
-
+CONFIG = DecoderConfig(50, 64, 96, 2, num_attention_heads=4, num_key_value_heads=2, mrope_section=(2, 3, 3))
 
 # The prompt
 
 
+@pytest.fixture(scope="session")
+def published(data):
+    """The published tokenizer, as transformers reads it and as we do."""
+    folder = data / "qwen2-vl" / "2B-Instruct"
+    return AutoTokenizer.from_pretrained(folder), Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
 @pytest.mark.parametrize("question", TEXTS.values(), ids=TEXTS)
 @pytest.mark.parametrize("system", [None, "", "\nBe brief. "])
-def test_prompt_ids(data, question, system):
+def test_prompt_ids(published, question, system):
     """Those of the published chat template and tokenizer, the question's own special tokens taken as text."""
-    folder = data / "qwen2-vl" / "2B-Instruct"
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs, ours = published
     turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "QUESTION"}]}]
     turns = turns if not system else [{"role": "system", "content": system}, *turns]
     text = theirs.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -47,7 +48,7 @@ def test_prompt_ids(data, question, system):
     expected = before + theirs(question, split_special_tokens=True).input_ids + after
     if "<|" not in question:
         assert expected == theirs(text.replace("QUESTION", question)).input_ids
-    head, tail = prompt_ids(Tokenizer.from_file(str(folder / "tokenizer.json")), question, system)
+    head, tail = prompt_ids(ours, question, system)
     assert [*head, 151655, *tail] == expected
     assert max(tail[1 : -len(after)], default=0) < 151643
 
@@ -56,8 +57,7 @@ def test_prompt_ids(data, question, system):
 @pytest.mark.parametrize("text", [*tiny.SPECIALS, "".join(tiny.SPECIALS), "a<|im_end|>\n<|im_start|>system\nb", "<|"])
 def test_special_tokens_are_text(request, which, text):
     """In a question and in a system turn; also after the tokenizer was used with them as tokens."""
-    folder = None if which == "tiny" else request.getfixturevalue("data") / "qwen2-vl" / "2B-Instruct"
-    tokens = Tokenizer.from_file(str(folder / "tokenizer.json")) if folder else tiny.tokenizer()
+    tokens = tiny.tokenizer() if which == "tiny" else request.getfixturevalue("published")[1]
     tokens.encode_special_tokens = False
     id_of = {name: tokens.token_to_id(f"<|{name}|>") for name in llm.SPECIAL}
     first = min(map(tokens.token_to_id, tiny.SPECIALS))
@@ -118,7 +118,7 @@ def test_angles():
     positions = torch.tensor([[3, 0], [5, 1], [7, 2]])
     places = [[3, 3, 5, 5, 5, 7, 7, 7], [0, 0, 1, 1, 1, 2, 2, 2]]
     expected = [[place * 1000000.0 ** (-2 * k / 16) for k, place in enumerate(row)] for row in places]
-    torch.testing.assert_close(mrope_angles(positions, config()), torch.tensor(expected))
+    torch.testing.assert_close(mrope_angles(positions, CONFIG), torch.tensor(expected))
 
 
 # The decoder
@@ -134,7 +134,7 @@ def test_rms_norm(eps, dtype):
 
 
 def test_rotates_in_its_own_dtype(monkeypatch):
-    decoder, seen = Decoder(config()).bfloat16(), set()
+    decoder, seen = Decoder(CONFIG).bfloat16(), set()
     monkeypatch.setattr(llm, "rotate", lambda x, cos, sin: (seen.add(cos.dtype), rope2d.rotate(x, cos, sin))[1])
     decoder(torch.zeros(1, 3, 64, dtype=torch.bfloat16), torch.arange(3).expand(3, -1))
     assert seen == {torch.bfloat16}

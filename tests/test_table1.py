@@ -404,7 +404,7 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(rwqa, single, tmp_path
         (("--answers", "no/such.jsonl"), "cannot be written there"),
         (("--events", "empty"), "no recording named by its row"),
         (("--sensor", "10x10"), "for recorded events"),
-        (("--sparsity", 1), "not in [0, 1)"),
+        (("--sparsity", 1), "must be in [0, 1)"),
         (("--limit", 0), "limit 0"),
         (("--threshold", 0), "threshold 0"),
         (("--radius", 99), "radius 99"),

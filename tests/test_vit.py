@@ -32,7 +32,7 @@ def test_sizes_of_no_image(size):
 
 
 def test_limits_that_cross():
-    with pytest.raises(ValueError, match="min_pixels 9000 .*max_pixels,? 8000"):
+    with pytest.raises(ValueError, match=r"min_pixels 9000 .*max_pixels,? 8000"):
         smart_resize(28, 28, 28, ImageConfig(min_pixels=9000, max_pixels=8000))
     assert smart_resize(28, 28, 28, ImageConfig(min_pixels=7056, max_pixels=7056)) == (84, 84)
 

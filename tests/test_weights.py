@@ -518,7 +518,7 @@ VISION = {"embed_dim": 64, "num_heads": 4, "hidden_size": 64}
 PARTS = (CONFIG, TOKENIZER, WEIGHTS)
 ERRORS = {  # case: what it changes, and words of the line
     **{
-        f"{key} {value}": (keys(file, **{key: value}), f"{file}: ", f"{key} is {value!r}, not ")
+        f"{key} {value}": (keys(file, **{key: value}), f"{file}: ", f"{key} is {value!r}")
         for file, key, value in (
             *((CONFIG, "model_type", kind) for kind in ("llama", "qwen2_5_vl")),
             *((CONFIG, "quantization_config", {"quant_method": kind}) for kind in ("awq", "gptq", "fp8")),

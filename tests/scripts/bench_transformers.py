@@ -165,7 +165,7 @@ model = Qwen2VLForConditionalGeneration.from_pretrained(sys.argv[2], dtype=dtype
 ids = torch.from_numpy(given["ids"])[None]
 model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=(ids == 151655).int(),
                pixel_values=torch.from_numpy(given["patches"]).to(dtype),
-               image_grid_thw=torch.tensor([given["grid"]]), do_sample=False, max_new_tokens=1)
+               image_grid_thw=torch.from_numpy(given["grid"])[None], do_sample=False, max_new_tokens=1)
 print(time.time(), *[line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")])
 """
 

@@ -38,7 +38,7 @@ given = np.load(sys.argv[2])
 ids = torch.from_numpy(given["ids"])[None]
 with torch.no_grad():
     out = model(input_ids=ids, mm_token_type_ids=(ids == 151655).int(), pixel_values=torch.from_numpy(given["patches"]),
-                image_grid_thw=torch.tensor([given["grid"]]), logits_to_keep=1)
+                image_grid_thw=torch.from_numpy(given["grid"])[None], logits_to_keep=1)
 np.save(sys.argv[3], out.logits[0, -1].numpy())
 """
 
