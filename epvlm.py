@@ -20,6 +20,7 @@ What differs from plain Qwen2-VL: the mask. Without events, or at sparsity 0, th
 import argparse
 import math
 import os
+import re
 import sys
 import time
 import warnings
@@ -35,7 +36,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 import weights
-from events import MICROSECONDS, RULES, motion, need, read_events, resize
+from events import MICROSECONDS, RULES, budget, motion, need, read_events, resize
 from llm import SYSTEM, KVCache, generate, mrope_positions, prompt_ids, sampler
 from vit import packed_patches, read_image, smart_resize
 
@@ -50,20 +51,23 @@ def flag(default, help: str, **reading):
 
 
 def size(text: str) -> tuple[int, int]:
-    width, height = map(int, text.lower().split("x"))
-    return width, height
+    if not (match := re.fullmatch(r"(\d+)[xX](\d+)", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT in pixels, such as 240x180")
+    return int(match[1]), int(match[2])
 
 
 @dataclass(frozen=True)
 class Options:
-    """How an image and its events are looked at. Raises ValueError that names what is out of range."""
+    """How `look` chooses patches. Raises ValueError that names what is out of range."""
 
     sparsity: float = flag(0.5, "fraction of cells dropped, in [0, 1); 0 keeps everything", type=float)
     cell: str = flag("group", "the mask decides on 28 x 28 pixels, or on 14 x 14", choices=("group", "patch"))
     rule: str = flag("exact", "Eq. 6 with ties broken so that the budget is met, or as printed", choices=tuple(RULES))
     polarity: str = flag("count", "every event counts, or on and off cancel", choices=("count", "signed"))
-    sensor: tuple[int, int] | None = flag(None, "WIDTHxHEIGHT of the event camera (default: the image's)", type=size)
-    window: tuple[float, float] | None = flag(None, "microseconds, both included (default: all)", type=float, nargs=2)
+    sensor: tuple[int, int] | None = flag(None, "event camera's (default: the image's)", type=size, metavar="WxH")
+    window: tuple[float, float] | None = flag(
+        None, "microseconds, both included (default: all)", type=float, nargs=2, metavar=("START", "END")
+    )
     order: str | None = flag(None, "columns of a bare N x 4 array (default: found)", choices=ORDERS, metavar="txyp")
     time_unit: str | None = flag(None, "unit of the file's times (default: us)", choices=tuple(MICROSECONDS))
     min_pixels: int | None = flag(None, "smallest model input, pixels (default: the checkpoint's)", type=int)
@@ -86,8 +90,8 @@ class Sampling:
 
     max_new_tokens: int = flag(128, "longest answer, tokens", type=int)
     temperature: float = flag(0.0, "0 takes the likeliest token", type=float)
-    top_p: float = flag(1.0, "probability that is drawn from", type=float)
-    seed: int = flag(0, "of the drawing", type=int)
+    top_p: float = flag(1.0, "draws from the likeliest tokens, up to this probability", type=float)
+    seed: int = flag(0, "seed for drawing tokens", type=int)
     repetition_penalty: float | None = flag(None, "1 for none (default: the checkpoint's)", type=float)
 
     def __post_init__(self):
@@ -144,6 +148,8 @@ class EPVLM:
         limits = {name: getattr(options, name) for name in ("min_pixels", "max_pixels")}
         limits = {name: value for name, value in limits.items() if value is not None}
         H, W = smart_resize(image.height, image.width, group, replace(self.image_config, **limits))  # pixels
+        dense, text = H * W // group**2, sum(map(len, prompt_ids(self.tokenizer, "", options.system)))
+        self.check_room(dense if events is None else budget(dense, 1 - options.sparsity), dense, text)
         keep, source, S = torch.ones(1, H // patch, W // patch, dtype=torch.bool), "no events", None
         if events is not None:
             events = read_events(events, options.order, options.time_unit)
@@ -155,59 +161,66 @@ class EPVLM:
         groups = keep.unflatten(2, (-1, merge)).unflatten(1, (-1, merge)).any(dim=4).any(dim=2)
         patches = packed_patches(image, keep, config, self.image_config)  # Eq. 7: (N', 1176)
         if options.system is None and not self.checkpoint.usual_system:
-            warnings.warn("the chat template has another system turn; give it by --system TEXT", stacklevel=2)
+            warnings.warn("the chat template has another system turn; give it as system (--system TEXT)", stacklevel=2)
         return View(patches, keep, groups, S, source, options.system)
 
     def prompt(self, view: View, question: str) -> tuple[Tensor, Tensor]:
         """What the decoder is given: token ids (L,) int64, and their dense positions, packed, (3, L) int64. Raises
         ValueError for what exceeds the model's context or the memory."""
         before, after = prompt_ids(self.tokenizer, question, view.system)
-        self.check_room(view, text=len(before) + len(after))
+        self.check_room(view.tokens, view.groups.numel(), len(before) + len(after))
         ids = torch.tensor([*before, *[self.image_pad] * view.tokens, *after])
         return ids, mrope_positions(len(before), view.groups, len(after))
 
-    def check_room(self, view: View, text: int) -> None:
-        """Raises ValueError, with what then fits, if a view and `text` tokens exceed the context or the free memory."""
-        llm, width, limit = self.llm.config, self.vit.config.group_size, self.llm.config.max_position_embeddings
-        token = 2 * llm.num_hidden_layers * llm.num_key_value_heads * llm.head_dim  # numbers held of a token,
-        token += 4 * llm.hidden_size + 3 * llm.intermediate_size + 48 * self.vit.config.embed_dim  # or read at once
+    def check_room(self, kept: int, dense: int, text: int) -> None:
+        """Raises ValueError, with what then fits, if `kept` of an image's `dense` tokens and `text` tokens exceed the
+        model's context or, roughly, the free memory."""
+        llm, vision, limit = self.llm.config, self.vit.config, self.llm.config.max_position_embeddings
+        numbers = 2 * llm.num_hidden_layers * llm.num_key_value_heads * llm.head_dim  # held of a token, or read at once
+        numbers += 4 * llm.hidden_size + 3 * llm.intermediate_size + 48 * vision.embed_dim
+        token, pixels = numbers * self.weight.element_size(), 24 * vision.group_size**2  # bytes; pixels kept or not
         free = weights.free_memory(self.weight.device)
-        room = int(min(limit, free // (token * self.weight.element_size()))) - text - 1  # for the image
-        if view.tokens > room:
-            over = f"{view.tokens} tokens of the image and {text} of text exceed the model's {limit}"
-            remedy, room = "shorten the question", room - 127  # leaves space for a usual answer
-            if room > 0:
-                sparsity = f"0.{min(99, math.ceil(100 * (1 - room / view.groups.numel()))):02}"
-                fits = f"max_pixels {room * width**2} or less, or with events sparsity {sparsity} or more"
-                remedy = f"give {fits}, or {remedy}"
-            raise ValueError(f"{over} or {free / 2**30:.3g} GiB of free memory; {remedy}")
+        room = int(min(limit, (free - dense * pixels) // token)) - text - 1  # tokens of the image
+        if kept > room:
+            over = f"the model's {limit}" if kept + text >= limit else f"{free / 2**30:.3g} GiB of free memory"
+            smaller = int(min(limit, free // (token + pixels))) - text - 128  # leaves space for a usual answer
+            hundredths = math.ceil(100 * (1 - (room - 127) / dense))
+            remedies = [f"give max_pixels {smaller * vision.group_size**2} or less"] * (smaller > 0)
+            remedies += [f"with events sparsity 0.{hundredths:02} or more"] * (hundredths < 100)
+            remedies = ", or ".join([*remedies, "shorten the question or the system turn"])
+            raise ValueError(f"{kept} tokens of the image and {text} of text exceed {over}; {remedies}")
 
     def embed(self, view: View, ids: Tensor) -> Tensor:
-        """concat(H_v, H_q) of Eq. 4, H_v standing where the image does: (1, L, hidden_size)."""
+        """concat(H_v, H_q) of Eq. 4, with H_v in the places of the image's tokens: (1, L, hidden_size)."""
         H_v = self.vit(view.patches.to(self.weight)[None], view.keep)  # Eq. 8, 9, 10
-        concat = self.llm.embed(ids[None])  # H_q
-        concat[:, ids == self.image_pad] = H_v  # Eq. 4
+        concat, start = self.llm.embed(ids[None]), self.image_start(view)  # H_q
+        concat[:, start : start + view.tokens] = H_v  # Eq. 4
         return concat
+
+    def image_start(self, view: View) -> int:
+        """How many tokens stand before the image's."""
+        return len(prompt_ids(self.tokenizer, "", view.system)[0])
 
     @torch.inference_mode()
     def read(self, view: View) -> View:
         """The view with the keys and values of all that stands before the question: more questions are cheap."""
         ids, positions = self.prompt(view, "")
-        end = int((ids == self.image_pad).nonzero()[-1]) + 1
+        end = self.image_start(view) + view.tokens
         cache = KVCache(self.llm.config, end, like=self.weight)
         self.llm(self.embed(view, ids[:end]), positions[:, :end], cache, wanted=1)
         return replace(view, cache=cache)
 
     @torch.inference_mode()
     def logits(self, view: View, question: str) -> Tensor:
-        """Scores of the token after each of the prompt's, (L, vocab_size) float32."""
+        """Scores of the next token at every position of the prompt, (L, vocab_size) float32."""
         ids, positions = self.prompt(view, question)
         return self.llm.logits(self.llm(self.embed(view, ids), positions))[0]
 
     @torch.inference_mode()
     def tokens(self, view: View, question: str, sampling: Sampling = Sampling()) -> Iterator[int]:
         """The answer's token ids as they are decided, the end token included; at most `max_new_tokens`, and no more
-        than the model's context holds."""
+        than the model's context holds. At the first `next` it raises ValueError as `prompt` does; later for scores that
+        are not finite."""
         ids, positions = self.prompt(view, question)
         if sampling.repetition_penalty is None:
             sampling = replace(sampling, repetition_penalty=self.checkpoint.repetition_penalty)
@@ -221,11 +234,12 @@ class EPVLM:
                 return
 
     def stream(self, view: View, question: str, sampling: Sampling = Sampling()) -> Iterator[str]:
-        """The same as text, in pieces that are whole UTF-8; joined they are the answer."""
+        """The answer as text, in pieces that are whole UTF-8; joined they are the answer."""
         return self.pieces(self.tokens(view, question, sampling))
 
     def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Token ids as text, in pieces that are whole UTF-8. Of special tokens those of grounding are shown."""
+        """Token ids as text, in pieces that are whole UTF-8. Special tokens are left out but those for
+        grounding, and so is a character that the end of an answer cuts."""
         added, stream = self.tokenizer.get_added_tokens_decoder(), DecodeStream(skip_special_tokens=False)
         for token in tokens:
             shown = token not in added or not added[token].special or added[token].content in GROUNDING
@@ -237,7 +251,7 @@ class EPVLM:
         return "".join(self.stream(self.look(image, events, options), question, sampling))
 
     def flops(self, view: View, question: str) -> tuple[int, int]:
-        """FLOPs up to the answer's first token, attention included: of this view, and with nothing dropped."""
+        """FLOPs up to the first token, attention included: (kept, dense), of this view and with nothing dropped."""
         text = len(self.prompt(view, question)[0]) - view.tokens
         sizes = (len(view.patches), view.tokens), (view.keep.numel(), view.groups.numel())
         return tuple(sum(self.vit.flops(*size) + self.llm.flops(text + size[1])) for size in sizes)
@@ -262,12 +276,14 @@ def chosen(args: argparse.Namespace, options: type):
 def exit_status(program: str, work: Callable[[], None]) -> int:
     """Does a script's work and returns its exit status: 0, 2 for bad input (in one line), 130 when interrupted, 1 when
     nobody reads its output any more."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (the caller closed it: print would take stdout)
     try:
         work()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more
         return 1
     except KeyboardInterrupt:
+        print(end="\n" if sys.stderr.isatty() else "", file=sys.stderr)  # the shell's prompt gets a line of its own
         return 130
     except (ValueError, OSError, MemoryError, ArithmeticError, RuntimeError) as error:  # torch's are RuntimeError
         print(f"{program}: error: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
@@ -309,7 +325,7 @@ def run(args: argparse.Namespace) -> None:
 def lines() -> Iterator[str]:
     """The lines of standard input that are not empty; on a terminal it asks for them."""
     ask = "question: " if sys.stdin.isatty() else ""
-    sys.stdin.reconfigure(errors="surrogateescape")
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
     while print(end=ask, file=sys.stderr, flush=True) or (line := sys.stdin.readline()):
         if line := line.strip():
             yield line
@@ -354,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.error = lambda text: parser.exit(2, f"epvlm: error: {' '.join(text.split())} (--help lists the options)\n")
     parser.add_argument("image", help="image file")
     parser.add_argument("events", help="recording or event map, .npy or .npz; the word none for the dense image")
-    parser.add_argument("question", nargs="?", help="left out, questions are read one a line from standard input")
+    parser.add_argument("question", nargs="?", help="if left out, questions are read from standard input, one a line")
     parser.add_argument("--model", default="Qwen/Qwen2-VL-2B-Instruct", help="folder or hub id (default: %(default)s)")
     parser.add_argument("--revision", help="branch, tag or commit of the hub id")
     parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")

@@ -4,15 +4,16 @@ Equations: 5 (motion of a cell), 6 (the mask; as printed, and with an exact budg
 
 Glossary
     x, y, t, p       an event: column and row (pixels), time (microseconds), polarity (on or off)
-    E_v              event map: events of a time window added up by pixel, first at the sensor's size, then the input's
+    E_v              event map: events of a time window added up by pixel, (height, width) at the sensor's size, then
+                     resized to the input's, (T, H, W)
     cell             what the mask decides on: a group, 28 x 28 pixels (the default), or a patch, 14 x 14
     S                (T, cells_h, cells_w), Eq. 5: motion of each cell, in the unit of `resize`; T = 1 for a still image
     tau              fraction kept, as in Eq. 6; `sparsity` = 1 - tau is the fraction dropped, as in Table 1
-    mask             (T, cells_h, cells_w) bool, Eq. 6's M_v^E: True keeps, False drops
+    M                (T, cells_h, cells_w) bool, Eq. 6's M_v^E: True keeps, False drops
 
 What differs from the paper: events are counted whatever their polarity unless asked otherwise (signed sums cancel where
 a pixel flickers), and ties at the quantile are broken so that the budget is met. Most cells of a real map hold no event
-at all; Eq. 6 as printed then keeps every one of them.
+at all; the quantile is then 0, and Eq. 6 as printed keeps every cell.
 """
 
 import math
@@ -35,15 +36,15 @@ MOST = 10**8  # pixels of a sensor or a map
 
 @dataclass(frozen=True, eq=False)
 class Events:
-    """A recording, N events in any order. The columns are views of the file or the caller's array, never written to."""
+    """A recording, n events in any order. The columns are views of the file or the caller's array, never written to."""
 
-    x: np.ndarray  # (N,) pixels
-    y: np.ndarray  # (N,) pixels
-    t: np.ndarray  # (N,) microseconds
-    p: np.ndarray  # (N,) 0 / 1, -1 / +1 or bool
+    x: np.ndarray  # (n,) pixels
+    y: np.ndarray  # (n,) pixels
+    t: np.ndarray  # (n,) microseconds
+    p: np.ndarray  # (n,) 0 / 1, -1 / +1 or bool
     name: str = "the events"
     sensor: tuple[int, int] | None = None  # (width, height) in pixels, once aligned
-    window: tuple[float, float] | None = None  # (start, end) in microseconds, if these are the events of one
+    window: tuple[float, float] | None = None  # (start, end) in microseconds, the window they were cut from, or None
 
     def __len__(self) -> int:
         return len(self.t)
@@ -105,6 +106,7 @@ class EventMap:
         return self
 
     def accumulate(self, polarity: str = "count") -> np.ndarray:
+        """The map itself, (height, width), in its own dtype; polarity does not apply."""
         return self.values
 
 
@@ -113,10 +115,12 @@ def read_events(source, order: str | None = None, time_unit: str | None = None) 
 
     source: a path, an array, or events already read. Arrays and .npy: a structured array with fields in any order (see
     NAMES); a bare N x 4 array, its columns in one of LAYOUTS or as `order` says (such as "ptyx"); any other (H, W)
-    array is a map. .npz: `event_data` (N-ImageNet), or x, y, t, p, or a single array. time_unit is that of the file: s,
-    ms, us (None too) or ns. Raises ValueError that names the file and the remedy. Nothing is ever unpickled."""
+    array is a map. .npz: `event_data` (N-ImageNet), or x, y, t, p, or a single array. time_unit of the file: s, ms, us
+    or ns; None means us. Raises ValueError that names the file and the remedy. Nothing is ever unpickled."""
     if isinstance(source, Events | EventMap):
         return source
+    typed = isinstance(source, str | Path | np.ndarray)
+    need(typed, f"events of type {type(source).__name__}: give a path, a numpy array, or none")
     name, data = ("the events", source) if isinstance(source, np.ndarray) else (str(source), load(Path(source)))
     if isinstance(data, np.ndarray) and not data.dtype.names:
         if data.ndim != 2 or data.shape[1] != 4 or data.dtype.kind not in "biuf":
@@ -130,6 +134,9 @@ def read_events(source, order: str | None = None, time_unit: str | None = None) 
         warnings.warn(f"{name}: {doubt}, if they are not, give time_unit s, ms or ns (us silences this)", stacklevel=2)
     if time_unit in (None, "us"):
         return events
+    if time_unit == "ns" and events.t.dtype.kind in "iu":  # a clock since 1970 has more digits than float64
+        whole, rest = np.divmod(events.t, 1000)
+        return replace(events, t=whole + rest / 1000)
     return replace(events, t=np.round(events.t.astype(np.float64) * MICROSECONDS[time_unit], 3))  # to a nanosecond
 
 
@@ -180,10 +187,10 @@ def find_order(rows: np.ndarray, name: str) -> str:
     fit, largest = [], (rows.max(axis=0).astype(np.float64) - rows.min(axis=0)).max()
     for layout in LAYOUTS:
         t, p = (rows[:, layout.index(column)] for column in "tp")
-        if -1 <= p.min() <= p.max() <= 1 and not fractions(p) and (t[1:] >= t[:-1]).all() and t[0] < t[-1]:
+        if -1 <= p.min() <= p.max() <= 1 and not fractions(p) and (t[1:] >= t[:-1]).all():
             fit.append((float(t[-1]) - float(t[0]), fractions(t), layout))
     *others, (span, exact, layout) = sorted(fit) or [(0.0, False, "")]
-    certain = layout and (exact or span == largest) and all(10 * other[0] <= span for other in others)
+    certain = span > 0 and (exact or span == largest) and all(0 < 10 * other[0] <= span for other in others)
     need(certain, f"{name}: which of its columns are x, y, t, p is uncertain; give order, such as txyp")
     return layout
 
@@ -271,29 +278,30 @@ def motion(E_v: np.ndarray, side: int) -> np.ndarray:
 
 
 def budget(cells: int, tau: float) -> int:
-    """How many of n cells Eq. 6 keeps if none tie. The quantile Q_(1 - tau), linearly interpolated, lies at place
-    (1 - tau)(n - 1) of the sorted cells. No cell lies between it and the next whole place, c = ceil((1 - tau)(n - 1)),
-    so S >= Q is S >= the cell at c: n - c cells."""
+    """How many of n cells Eq. 6 keeps if none tie. Sort S upwards, places 0 to n - 1. The quantile Q_(1 - tau) is
+    interpolated at place h = (1 - tau)(n - 1), so S[floor h] <= Q <= S[ceil h]. Q is one of the two, or no cell's
+    value lies between: both ways S >= Q is the same as S >= S[ceil h], true for the n - ceil h largest cells."""
     return cells - math.ceil(round((1 - tau) * (cells - 1), 9))  # 9 decimals: 1 - 0.7 is not 0.3 in floating point
 
 
 def literal_mask(S: np.ndarray, tau: float) -> np.ndarray:
-    """Eq. 6 as printed: keep where S reaches its (1 - tau) quantile. All that tie with the least that does are kept."""
-    return S >= np.sort(S, axis=None)[-budget(S.size, tau)]  # Eq. 6
+    """Eq. 6 as printed: True where S is at least its (1 - tau) quantile, which is the same as at least the `budget`-th
+    largest S. Every cell that equals it is kept, so ties can keep more."""
+    return S >= np.sort(S, axis=None)[-budget(S.size, tau)]  # Eq. 6: this value is at place ceil h
 
 
 def budget_mask(S: np.ndarray, tau: float) -> np.ndarray:
     """Eq. 6 with ties broken by a fixed, evenly spread order: keeps exactly `budget` cells. Without ties it is
-    `literal_mask`; more sparsity keeps a subset."""
+    `literal_mask`; a larger sparsity keeps a subset of these cells."""
     most_first = np.lexsort((spread_order(*S.shape).ravel(), -S.ravel()))
-    mask = np.zeros(S.size, dtype=bool)
-    mask[most_first[: budget(S.size, tau)]] = True  # Eq. 6
-    return mask.reshape(S.shape)
+    M = np.zeros(S.size, dtype=bool)
+    M[most_first[: budget(S.size, tau)]] = True  # Eq. 6
+    return M.reshape(S.shape)
 
 
 def spread_order(T: int, cells_h: int, cells_w: int) -> np.ndarray:
-    """A rank for each cell, (T, cells_h, cells_w) int64, such that every first part of the order covers the grid
-    evenly: the Bayer matrix of ordered dithering. Example, 1 x 2 x 2: [[[0, 2], [3, 1]]], first a diagonal."""
+    """A rank for each cell, (T, cells_h, cells_w) int64, such that the first k cells cover the grid evenly, for
+    every k: the Bayer matrix of ordered dithering. Example, 1 x 2 x 2: [[[0, 2], [3, 1]]], first a diagonal."""
     _, row, column = np.indices((T, cells_h, cells_w))
     rank = np.zeros((T, cells_h, cells_w), dtype=np.int64)
     for bit in range((max(cells_h, cells_w) - 1).bit_length()):  # the lowest bit of a coordinate decides most

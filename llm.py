@@ -1,4 +1,4 @@
-"""The language model: Qwen2's decoder, told where each kept visual token stands in the dense image.
+"""The language model: Qwen2's decoder, with each kept visual token at its place in the dense image.
 
 Equations: 4 (X_a = f(concat(H_v, H_q)): `Decoder` is f, `generate` reads the answer off it). M-RoPE, the decoder's own
 position embedding, is not in the paper; the rule is that of Eq. 8: dense positions, then packed.
@@ -127,11 +127,11 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, kv_width)
         self.o_proj = Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], cache: KVCache | None, layer: int, wanted: int) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None, layer: int, wanted: int) -> Tensor:
         q, k, v = self.q_proj(x[:, -wanted:]), self.k_proj(x), self.v_proj(x)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v))  # (B, L, heads, head_dim)
-        q = rotate(q, *(part[..., -wanted:, :, :] for part in turn)).transpose(1, 2)
-        k, v = rotate(k, *turn).transpose(1, 2), v.transpose(1, 2)
+        q = rotate(q, *(part[..., -wanted:, :, :] for part in rope)).transpose(1, 2)
+        k, v = rotate(k, *rope).transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(layer, k, v)  # (B, kv_heads, held + new, head_dim)
         if wanted == 1:
@@ -161,9 +161,9 @@ class Layer(nn.Module):
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], cache: KVCache | None, layer: int, wanted: int) -> Tensor:
-        """x (B, L, hidden_size) to the output of its last `wanted` positions; turn: see `cos_sin`."""
-        x = x[:, -wanted:] + self.self_attn(self.input_layernorm(x), turn, cache, layer, wanted)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None, layer: int, wanted: int) -> Tensor:
+        """x (B, L, hidden_size) to the output of its last `wanted` positions; rope: see `cos_sin`."""
+        x = x[:, -wanted:] + self.self_attn(self.input_layernorm(x), rope, cache, layer, wanted)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -183,19 +183,19 @@ class Decoder(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """ids (B, L) int64 to (B, L, hidden_size): H_q of Eq. 4 where they are text."""
+        """Embeddings of ids (B, L) int64: (B, L, hidden_size). Those of text are H_q of Eq. 4."""
         return self.model["embed_tokens"](ids.to(self.model["embed_tokens"].weight.device))
 
     def forward(self, hidden: Tensor, positions: Tensor, cache: KVCache | None = None, wanted: int = 0) -> Tensor:
         """hidden (B, L, hidden_size) and positions (3, L) or (3, B, L) of tokens that follow those in `cache`. Returns
         the last layer's output, normalised, of the last `wanted` positions, 0 for all: (B, wanted, hidden_size);
         `logits` turns it into scores. The last layer computes only the wanted positions."""
-        turn = cos_sin(mrope_angles(positions.to(hidden.device), self.config), hidden.dtype)
+        rope = cos_sin(mrope_angles(positions.to(hidden.device), self.config), hidden.dtype)
         *layers, last = self.model["layers"]
         new = hidden.shape[1]
         for number, layer in enumerate(layers):
-            hidden = layer(hidden, turn, cache, number, new)
-        hidden = last(hidden, turn, cache, len(layers), wanted or new)
+            hidden = layer(hidden, rope, cache, number, new)
+        hidden = last(hidden, rope, cache, len(layers), wanted or new)
         if cache is not None:
             cache.filled += new
         return self.model["norm"](hidden)
@@ -239,8 +239,8 @@ def sampler(sampling, ids: Tensor) -> Callable[[Tensor], int]:
 
 def generate(decoder: Decoder, hidden: Tensor, positions: Tensor, cache: KVCache, choose) -> Iterator[int]:
     """Yields token ids as they are decided, without end; the caller stops. Raises ValueError for scores not finite.
-    hidden (1, L, hidden_size), positions (3, L): the embedded prompt, or what of it follows `cache`. choose: see
-    `sampler`. Token n of the answer stands at the prompt's largest DENSE position + 1 + n on all three axes: not at
+    hidden (1, L, hidden_size), positions (3, L): the embedded prompt, or the part of it that is not in `cache`. choose:
+    see `sampler`. Token n of the answer stands at the prompt's largest DENSE position + 1 + n on all three axes: not at
     L + n, since L counts the kept tokens only."""
     hidden, position = decoder(hidden, positions, cache, wanted=1), positions[:, -1:]
     while True:
@@ -263,7 +263,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def attend_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of the last token, which sees all. The query heads that share a key head are passed as that head's
+    """Attention of the last token; no mask is needed. The query heads that share a key head are passed as that head's
     queries, so keys and values are not copied: 12 times faster. q (B, heads, 1, head_dim), k and v (B, kv_heads, ...).
     Returns (B, 1, heads * head_dim)."""
     out = F.scaled_dot_product_attention(q.view(len(q), k.shape[1], -1, q.shape[-1]), k, v)

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 
-def pack(rows: Tensor, keep: Tensor) -> Tensor:
-    """Pack(rows, keep) of Eq. 7 and 8: the rows whose mask is True, in order. rows (N, ...) of any dtype, keep
-    (N,) bool. Returns (N', ...), a copy. Example: pack([a, b, c, d], [1, 0, 0, 1]) = [a, d]. Raises ValueError."""
-    if keep.dtype != torch.bool or keep.shape != rows.shape[:1]:
-        raise ValueError(f"keep is {keep.dtype} {tuple(keep.shape)}; {len(rows)} rows need as many bools")
-    return rows[keep]
+def pack(rows: Tensor, flat: Tensor) -> Tensor:
+    """Pack(rows, M) of Eq. 7 and 8: the rows whose mask is True, in order. rows (N, ...) of any dtype; flat (N,) bool,
+    `keep` in `group_order`. Returns (N', ...), a copy. Example: pack([a, b, c, d], [1, 0, 0, 1]) = [a, d]."""
+    if flat.dtype != torch.bool or flat.shape != rows.shape[:1]:  # whole numbers would pick rows by index
+        raise ValueError(f"the mask is {flat.dtype} {tuple(flat.shape)}; {len(rows)} rows need as many bools")
+    return rows[flat]
 
 
 def group_order(grid: Tensor, merge: int = 2) -> Tensor:
@@ -37,9 +37,9 @@ def group_order(grid: Tensor, merge: int = 2) -> Tensor:
 
 
 def rope_2d(shape: tuple[int, int, int], head_dim: int, theta: float = 10000.0, merge: int = 2) -> Tensor:
-    """The angles of every patch of the dense grid, R^2D as the weights need it (half-split pairing).
-    shape: (T, grid_h, grid_w). Returns (N, d/2) float32 in group order: first d/4 angles i * theta^(-4k/d), k from 0,
-    then as many j * theta^(-4k/d). Source: Qwen2VLVisionRotaryEmbedding in transformers' modeling_qwen2_vl.py."""
+    """The angles of Eq. 2 for every patch of the dense grid, as the weights need them (half-split pairing).
+    shape: (T, grid_h, grid_w). Returns (N, d/2) float32 in group order: first d/4 angles i * theta^(-4n/d), n from 0,
+    then as many j * theta^(-4n/d). Source: Qwen2VLVisionRotaryEmbedding in transformers' modeling_qwen2_vl.py."""
     frequencies = 1.0 / theta ** (torch.arange(0, head_dim // 2, 2, dtype=torch.float32) / (head_dim // 2))  # (d/4,)
     _, i, j = torch.meshgrid(*map(torch.arange, shape), indexing="ij")
     positions = group_order(torch.stack((i, j), dim=-1), merge)  # (N, 2)
@@ -52,7 +52,7 @@ def cos_sin(angles: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor,
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates queries or keys, half-split pairing: dimension k turns together with dimension k + d/2.
+    """Rotates queries or keys as Eq. 2 does, with half-split pairing: dimension k turns together with k + d/2.
     x (..., N, heads, d); cos, sin (..., N, 1, d/2). The product is taken in the wider of the two dtypes (float32 in the
     vision transformer, the model's own in the decoder, as in Qwen2-VL) and returned in x's."""
     out, half = torch.empty_like(x), x.shape[-1] // 2

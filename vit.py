@@ -7,7 +7,7 @@ Glossary
     p                patch side, 14 pixels; M_v the merge size, 2 patches; a group is M_v x M_v patches, 28 x 28 pixels
     T, N, N', keep   as in rope2d.py: moments, patches of the dense input, patches kept, the mask by patch
     X~_v, R~^2D      packed patches (N', 1176) and packed rotary angles (N', head_dim/2)
-    z, Z_v           what the layers pass on, (B, N', embed_dim), and the last one's; B is 1 when answering
+    z, Z_v           a layer's output, (B, N', embed_dim), and the last layer's; B is 1 when answering
     H_v              visual tokens (B, groups kept, hidden_size)
 
 What differs from plain Qwen2-VL: dropped patches are never normalised, embedded, attended to or merged. With every
@@ -61,18 +61,19 @@ class VisionConfig:
 
 def smart_resize(height: int, width: int, factor: int, limits: ImageConfig) -> tuple[int, int]:
     """The model's input size (H, W) for an image, in pixels: multiples of `factor`, area within the limits. Rounds half
-    to even: factor 28 takes 42 to 56 and 70 to 56. Raises ValueError if one side is over 200 times the other. Source:
-    smart_resize in transformers' image_processing_qwen2_vl.py."""
+    to even: factor 28 takes 42 to 56 and 70 to 56. Raises ValueError if one side is over 200 times the other, or if the
+    limits are below 1 or in the wrong order. Source: smart_resize in transformers' image_processing_qwen2_vl.py."""
     if not 0 < max(height, width) <= 200 * min(height, width):
         raise ValueError(f"an image of {width} x {height} pixels has sides over 200 : 1; crop it")
-    if not 0 < (low := limits.min_pixels) <= (high := limits.max_pixels):
+    low, high = limits.min_pixels, limits.max_pixels
+    if not 0 < low <= high:
         raise ValueError(f"min_pixels {low} must be at least 1 and at most max_pixels {high}; change one")
     h, w = (round(side / factor) * factor for side in (height, width))
-    if h * w > limits.max_pixels:
-        beta = math.sqrt(height * width / limits.max_pixels)
+    if h * w > high:
+        beta = math.sqrt(height * width / high)
         h, w = (max(factor, math.floor(side / beta / factor) * factor) for side in (height, width))
-    elif h * w < limits.min_pixels:
-        beta = math.sqrt(limits.min_pixels / (height * width))
+    elif h * w < low:
+        beta = math.sqrt(low / (height * width))
         h, w = (math.ceil(side * beta / factor) * factor for side in (height, width))
     return h, w
 
@@ -80,7 +81,7 @@ def smart_resize(height: int, width: int, factor: int, limits: ImageConfig) -> t
 def read_image(image: str | Path | Image.Image) -> Image.Image:
     """An image file or a PIL image of any mode, upright, as 8-bit RGB; transparency is laid on white. Raises ValueError
     that names a file that is no whole image. Warns of grey that `eight_bits` scales."""
-    name = "the image" if isinstance(image, Image.Image) else str(image)
+    name = str(image) if isinstance(image, str | Path) else "the image"
     try:
         if not isinstance(image, Image.Image) and not Path(image).is_file():
             raise ValueError("there is no such file")
@@ -187,11 +188,11 @@ class Merger(nn.Module):
         self.ln_q = nn.LayerNorm(config.embed_dim, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(joined, joined), nn.GELU(), nn.Linear(joined, config.hidden_size))
 
-    def forward(self, Z_v: Tensor, rows: Tensor) -> Tensor:
-        """Z_v (B, N', embed_dim); rows (N,) bool, the mask in group order. Returns H_v (B, groups kept, hidden_size).
+    def forward(self, Z_v: Tensor, flat: Tensor) -> Tensor:
+        """Z_v (B, N', embed_dim); flat (N,) bool, the mask in group order. Returns H_v (B, groups kept, hidden_size).
         A group survives if any of its patches does. What it lacks (only with the paper's literal 14-pixel mask) enters
-        as zeros in its own slot: with patches a and d of a group kept, its four rows are a, 0, 0, d."""
-        members = rows.view(-1, self.slots)
+        as zeros in its own slot, before the norm: with patches a and d of a group kept, its rows are a, 0, 0, d."""
+        members = flat.view(-1, self.slots)
         members = members[members.any(dim=1)]  # (groups kept, M_v^2)
         if not members.all():
             whole = Z_v.new_zeros(len(Z_v), members.numel(), Z_v.shape[-1])
@@ -214,23 +215,23 @@ class VisionTransformer(nn.Module):
         """patches (B, N', 1176) in the weights' dtype; keep (T, grid_h, grid_w) bool. Returns H_v (B, groups kept,
         hidden_size)."""
         config = self.config
-        rows = group_order(keep, config.spatial_merge_size)  # (N,) bool, in the order of the patches
+        flat = group_order(keep, config.spatial_merge_size)  # (N,) bool, in the order of the patches
         R_2D = rope_2d(keep.shape, config.embed_dim // config.num_heads, config.rope_theta, config.spatial_merge_size)
-        cos, sin = cos_sin(pack(R_2D, rows).to(patches.device))  # Eq. 8: computed on the dense grid, then packed
+        cos, sin = cos_sin(pack(R_2D, flat).to(patches.device))  # Eq. 8: computed on the dense grid, then packed
         z = self.patch_embed(patches)
         for block in self.blocks:
             z = block(z, cos, sin)  # Eq. 9; with nothing dropped, Eq. 1
-        return self.merger(z, rows)  # Eq. 10; with nothing dropped, Eq. 3
+        return self.merger(z, flat)  # Eq. 10; with nothing dropped, Eq. 3
 
     def flops(self, patches: int, groups: int) -> tuple[int, int]:
         """FLOPs of `forward` for so many patches and groups kept, a multiply-add being two: of the linear layers, and
-        of attention (q k and its product with v). Norms, activations, softmax and rotations are left out: 1 %."""
+        of attention (q k and its product with v). Norms, activations, softmax and rotations are left out."""
         size = {name: sum(p.numel() for p in part.parameters() if p.ndim > 1) for name, part in self.named_children()}
         linear = patches * (size["patch_embed"] + size["blocks"]) + groups * size["merger"]
         return 2 * linear, 2 * self.config.depth * 2 * patches**2 * self.config.embed_dim
 
 
-# What makes it faster on a CPU. SCORES of a head, and ROWS of the MLP, are computed at once: they fit its cache.
+# What makes it faster on a CPU: SCORES of a head, or ROWS of the MLP, are computed at a time: so they fit its cache.
 
 SCORES, ROWS = 2**20, 512
 
@@ -250,5 +251,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def by_rows(mlp: nn.Module, z: Tensor) -> Tensor:
-    """mlp(z), on the CPU some rows at a time: 13 % faster at 4096 patches. z (B, N', embed_dim)."""
+    """mlp(z), on the CPU ROWS rows at a time: 13 % faster at 4096 patches (tests/README.md). z (B, N', embed_dim)."""
     return torch.cat([mlp(part) for part in z.split(ROWS if z.device.type == "cpu" else z.shape[1], dim=1)], dim=1)

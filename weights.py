@@ -4,7 +4,7 @@ No equation stands here. The paper is training-free: the weights are those of Qw
 
 Glossary
     folder           the checkpoint's folder, the user's own or one in huggingface_hub's cache
-    vision, text     settings of the two parts of the model, whichever of its four layouts config.json has
+    vision, text     settings of the two parts of the model, however config.json lays them out
     shapes           tensor name -> shape of every tensor the model has; names as published (visual., model., lm_head.)
 
 What differs from plain Qwen2-VL: only the strictness. Every tensor in the files is accounted for; one that is missing,
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import errors, snapshot_download
 from huggingface_hub.utils import disable_progress_bars, logging
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
@@ -32,7 +33,7 @@ from vit import ImageConfig, VisionConfig, VisionTransformer
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HUB_ERRORS = {  # what huggingface_hub raises, narrow kinds first, and what it means
     errors.HFValidationError: "is neither a folder nor a hub id such as Qwen/Qwen2-VL-2B-Instruct; correct it",
-    errors.LocalEntryNotFoundError: "is not in the cache, and the hub is out of reach or HF_HUB_OFFLINE set",
+    errors.LocalEntryNotFoundError: "is not in the cache, and the hub out of reach or HF_HUB_OFFLINE set; connect",
     errors.GatedRepoError: "needs access; ask for it on its page at the hub, then `hf auth login`",
     errors.RevisionNotFoundError: "has no such revision; correct it",
     errors.RepositoryNotFoundError: "is unknown to the hub, or private; correct it, or `hf auth login`",
@@ -48,7 +49,7 @@ FIXED = {  # settings in which other models differ, and what Qwen2-VL has
 FITS = {  # what a setting of a type may be; in JSON True is no number, and 200704.0 is whole
     bool: lambda value: type(value) is bool,
     int: lambda value: type(value) in (int, float) and 0 < value < 2**31 and value == int(value),
-    float: lambda value: type(value) in (int, float) and 0 < value < math.inf,
+    float: lambda value: type(value) in (int, float) and 0 <= value < math.inf,
 }
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -69,12 +70,16 @@ class Checkpoint:
 def load(model: str | Path, revision: str | None = None, device=None, dtype=None) -> Checkpoint:
     """A checkpoint from a folder, or from the hub's repository of that name, whose weights are fetched only when its
     settings are found to fit. Parameters: see `EPVLM.from_pretrained`. Raises ValueError that names the fault."""
-    device, kind = device or ("cuda" if torch.cuda.is_available() else "cpu"), str(dtype).removeprefix("torch.")
+    kind = "None" if dtype is None else str(dtype).removeprefix("torch.")
+    if dtype is not None and kind not in DTYPES:
+        raise ValueError(f"dtype {kind!r}: give one of {', '.join(DTYPES)}")
     try:
-        device, dtype = torch.empty(0, device=device).device, dtype and DTYPES[kind]
-    except (RuntimeError, AssertionError, TypeError, KeyError) as error:
-        told = f"device {str(device)!r} or dtype {kind!r} cannot be used ({str(error).splitlines()[0]})"
-        raise ValueError(f"{told}; try cpu, {', '.join(DTYPES)}") from None
+        device = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        need(device.type in ("cpu", "cuda", "mps"), device, "not a device that computes", "give cpu")
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"device {str(device)!r} cannot be used ({str(error).splitlines()[0][:80]}); try cpu"
+        ) from None
     folder = find(model, revision)
     vit, llm = build(folder)
     tokenizer, image_config = read_tokenizer(folder, llm.config.vocab_size), read_image_config(folder)
@@ -87,7 +92,7 @@ def load(model: str | Path, revision: str | None = None, device=None, dtype=None
     if folder != Path(os.path.expanduser(model)):  # the hub's: its folder is named by the commit
         download(str(model), folder.name, [path.name for path in shards(folder)])
     shapes = {name: tuple(tensor.shape) for name, tensor in published(vit, llm).items()}
-    tensors = read_tensors(folder, shapes, llm.config.tie_word_embeddings, dtype, device)
+    tensors = read_tensors(folder, shapes, llm.config.tie_word_embeddings, DTYPES.get(kind), device)
     for module, prefix in ((vit, "visual."), (llm, "")):
         module.load_state_dict({name: tensors[prefix + name] for name in module.state_dict()}, assign=True)
         module.requires_grad_(False).eval()
@@ -104,7 +109,8 @@ def find(model: str | Path, revision: str | None = None) -> Path:
     the hub's repository of that name are downloaded. Raises ValueError with the remedy."""
     folder = Path(os.path.expanduser(model))  # which, unlike Path's, raises nothing
     if not (folder.exists() or folder.is_absolute() or str(model).startswith((".", "~"))):
-        return download(str(model), revision, ["*.json", "*.jinja"])  # settings and tokenizer; the weights come later
+        names = ["config.json", "generation_config.json", "p*processor_config.json", "tokenizer*.json", INDEX]
+        return download(str(model), revision, [*names, "chat_template.*"])  # the weights come later
     need(not revision, model, "is a folder, which has no revisions", "leave revision out")
     need(not (folder / "adapter_config.json").is_file(), model, "holds an adapter", "merge it (peft: merge_and_unload)")
     return folder
@@ -120,7 +126,7 @@ def download(model: str, revision: str | None, names: list[str]) -> Path:
     except Exception as error:  # the hub's client, its network library and the disk raise errors of many kinds
         meaning = next(text for kind, text in HUB_ERRORS.items() if isinstance(error, kind))
         if getattr(getattr(error, "response", None), "status_code", None) == 401:
-            meaning += "; if HF_TOKEN is set, the hub may refuse it (401)"
+            meaning = "is unknown to the hub, private, or the hub refuses HF_TOKEN (401); correct it"
         raise ValueError(f"{model}: {meaning} ({type(error).__name__}: {' '.join(str(error).split())[:80]})") from None
 
 
@@ -190,7 +196,8 @@ def read_image_config(folder: Path) -> ImageConfig:
     images = fill(ImageConfig, content, path)
     limits = f"min_pixels {images.min_pixels} is above max_pixels {images.max_pixels}"
     need(images.min_pixels <= images.max_pixels, path, limits, "correct one")
-    need({len(images.image_mean), len(images.image_std)} == {3}, path, "image_mean and image_std need three values")
+    fits = len(images.image_mean) == len(images.image_std) == 3 and min(images.image_std) > 0
+    need(fits, path, "image_mean and image_std need three values, image_std above 0")
     return images
 
 
@@ -203,8 +210,8 @@ def fill(config_class: type, content: dict, path: Path):
             several = isinstance(field.default, tuple)
             kind = type(field.default[0] if several else field.default)
             fits = isinstance(value, list) == several and all(map(FITS[kind], value if several else [value]))
-            what = f"{field.name} is {value!r:.60}, not {'a list of ' if several else 'a '}positive {kind.__name__}"
-            need(fits, path, what)
+            wanted = "a bool" if kind is bool else f"{'a list of ' * several or 'a '}positive {kind.__name__}"
+            need(fits, path, f"{field.name} is {value!r:.60}, not {wanted}")
             values[field.name] = tuple(map(kind, value)) if several else kind(value)
     return config_class(**values)
 
@@ -214,9 +221,10 @@ def read_generation(folder: Path) -> tuple[frozenset[int], float]:
     none. Raises ValueError that names the file."""
     path = folder / "generation_config.json"
     penalty, ends = read_json(path).get("repetition_penalty") or 1, read_json(path).get("eos_token_id")
-    ends = read_config(folder)[1].get("eos_token_id") if ends is None else ends
+    need(FITS[float](penalty) and penalty > 0, path, f"repetition_penalty is {penalty!r}, not a positive float")
+    if ends is None:
+        path, ends = folder / "config.json", read_config(folder)[1].get("eos_token_id")
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    need(FITS[float](penalty), path, f"repetition_penalty is {penalty!r}, not a positive float")
     need(all(type(end) is int for end in ends), path, f"eos_token_id is {ends!r}, not token ids")
     return frozenset(ends), float(penalty)
 
@@ -245,7 +253,8 @@ def add_tokens(tokenizer: Tokenizer, path: Path) -> None:
     try:
         listed = {int(n): AddedToken(t["content"], **{f: t[f] for f in flags if f in t}) for n, t in listed.items()}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: added_tokens_decoder does not list tokens by their ids ({error!r})") from None
+        told = f"{path}: added_tokens_decoder does not list tokens by their ids ({error!r})"
+        raise ValueError(f"{told}; fetch the checkpoint again") from None
     for number, token in sorted(listed.items()):
         if token.content not in known:
             (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
@@ -268,7 +277,10 @@ def build(folder: Path) -> tuple[VisionTransformer, Decoder]:
     vision, text = fill(VisionConfig, vision, path), fill(DecoderConfig, text, path)
     sizes = f"hidden_size {vision.hidden_size} (vision), {text.hidden_size} (text), mrope_section {text.mrope_section}"
     fits = vision.hidden_size == text.hidden_size and 2 * sum(text.mrope_section) == text.head_dim
-    need(fits, path, f"{sizes} do not fit each other")
+    heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
+    fits &= len(text.mrope_section) == 3 and text.hidden_size % heads == heads % kv_heads == 0
+    fits &= vision.embed_dim % (4 * vision.num_heads) == 0
+    need(fits, path, f"{sizes}, {vision.num_heads} vision heads, {heads} and {kv_heads} heads do not fit each other")
     need(max(vision.depth, text.num_hidden_layers) < 1000, path, "has more than 999 layers")
     with torch.device("meta"):
         return VisionTransformer(vision), Decoder(text)
@@ -293,32 +305,42 @@ def shards(folder: Path) -> list[Path]:
 def read_tensors(folder: Path, shapes: dict[str, tuple], tied: bool, dtype=None, device="cpu") -> dict[str, Tensor]:
     """Every tensor of the checkpoint by its published name, all checked against `shapes` before one is converted. They
     are memory-mapped and used as they lie: nothing is copied where the file has the dtype asked for (None: that of its
-    embedding) and the device is the CPU. Raises ValueError that names what does not fit."""
-    stored, spelt = {}, {}  # by published name: the tensor, and its name in the file
+    embedding) and the device is the CPU. Else they are converted one by one. Raises ValueError that names a misfit."""
+    stored, spelt = {}, {}  # by published name: the tensor, and its file and name there
     for path in shards(folder):
         for name, tensor in read_file(path, load_file, "a safetensors file", 2**40).items():
             newer = next(filter(name.startswith, RENAMED), "")
             key = RENAMED.get(newer, "") + name.removeprefix(newer)
             need(key not in stored, path, f"{name} is stored already, as {spelt.get(key)}", "remove one")
-            stored[key], spelt[key] = tensor, f"{path.name}: {name}"
+            stored[key], spelt[key] = tensor, (path, name)
     check(folder, stored, shapes | {HEAD: shapes[EMBEDDING]} if tied and HEAD in stored else shapes, spelt)
     same = not tied or HEAD not in stored or torch.equal(stored[HEAD], stored[EMBEDDING])  # it need not be stored
     remedy = 'set "tie_word_embeddings": false in config.json, or remove the tensor'
     need(same, folder, f"{HEAD} differs from {EMBEDDING}, although config.json ties them", remedy)
-    dtype = dtype or stored[EMBEDDING].dtype
-    return {name: stored.pop(name).to(device=device, dtype=dtype) for name in shapes}
+    dtype, tensors = dtype or stored[EMBEDDING].dtype, {}
+    for name in shapes:
+        tensors[name] = stored.pop(name)
+        if tensors[name].dtype != dtype or torch.device(device).type != "cpu":
+            path, name_there = spelt[name]
+            with safe_open(path, "pt") as file:  # a mapping of its own, given back at once: two copies are never held
+                tensors[name] = file.get_tensor(name_there).to(device, dtype)
+    return tensors
 
 
-def check(folder: Path, stored: dict[str, Tensor], shapes: dict[str, tuple], spelt: dict[str, str]) -> None:
+def check(folder: Path, stored: dict[str, Tensor], shapes: dict[str, tuple], spelt: dict[str, tuple]) -> None:
     """Raises ValueError at the first tensor that is missing, unexpected or misshapen, and says how many are."""
-    unexpected = [name for name in stored if name not in shapes]
-    prefix = os.path.commonprefix(unexpected) if len(unexpected) > 1 else ""  # noqa: RUF071 (of characters)
-    faults = [f"{len(unexpected)} tensors whose names begin with {prefix} are unexpected"] if prefix else []
+    unexpected = [spelt[name][1] for name in stored if name not in shapes]
+    prefix = os.path.commonprefix(unexpected).rpartition(".")[0]  # noqa: RUF071 (of characters, cut at a dot)
+    many = len(unexpected) > 1 and prefix
+    faults = [f"{len(unexpected)} tensors whose names begin with {prefix}. are unexpected"] if many else []
     faults += [f"{name} {shape} is missing" for name, shape in shapes.items() if name not in stored]
     for name, tensor in stored.items():
-        shape, expected = tuple(tensor.shape), shapes.get(name)
-        if shape != expected or tensor.dtype not in DTYPES.values():
-            wanted = f"config.json makes it {expected}" if expected else "which is unexpected"
-            faults.append(f"{spelt[name]} is {str(tensor.dtype).removeprefix('torch.')} {shape}, {wanted}")
-    told = f"{faults[0]} (and {len(faults) - 1} more)" if faults else ""
-    need(not faults, folder, told, f"config.json and weights must be of one model, in {', '.join(DTYPES)}")
+        (path, spelling), shape, expected = spelt[name], tuple(tensor.shape), shapes.get(name)
+        if expected is None:
+            faults.append(f"{path.name}: {spelling} {shape} is unexpected")
+        elif shape != expected:
+            faults.append(f"{path.name}: {spelling} has shape {shape}, config.json makes it {expected}")
+        elif tensor.dtype not in DTYPES.values():
+            faults.append(f"{path.name}: {spelling} is of type {tensor.dtype}, not one of {', '.join(DTYPES)}")
+    more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    need(not faults, folder, "".join(faults[:1]) + more, "config.json and the weights must be of one model")

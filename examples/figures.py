@@ -105,7 +105,10 @@ class Cost(NamedTuple):
 
 def look(model: EPVLM, image, events, options: Options) -> Look:
     start = time.perf_counter()
-    view = model.look(image, events, options)
+    try:
+        view = model.look(image, events, options)
+    except ValueError as error:
+        raise ValueError(f"the {'packed' if events else 'dense'} answer: {error}") from None
     return Look(view, time.perf_counter() - start)
 
 

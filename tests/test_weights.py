@@ -366,8 +366,9 @@ def test_a_checkpoint_keeps_its_dtype(folder, dtype):
 
 def test_free_memory_is_a_number_of_bytes(monkeypatch):
     assert 2**20 < free_memory(torch.device("cpu")) < 2**50
-    monkeypatch.setattr(Path, "read_text", lambda *_: "")
-    assert free_memory(torch.device("cpu")) == float("inf")
+    for content, expected in (("MemFree: 9 kB\nMemAvailable:   3 kB\n", 3072), ("", float("inf"))):
+        monkeypatch.setattr(Path, "read_text", lambda *_, content=content: content)
+        assert free_memory(torch.device("cpu")) == expected
 
 
 # The hub
@@ -382,15 +383,16 @@ def test_the_hub_gives_the_weights_last(tmp_path, capsys, shard):
     """Of the settings' commit, though the branch moves on. The next time both come from the cache."""
     folder, cache = tmp_path / "folder", tmp_path / "cache"
     hub.publish(folder, shard)
+    (folder / "chat_template.jinja").write_text(SYSTEM)
     enable_progress_bars()
     capsys.readouterr()
     with hub.visit(folder, cache) as fetched:
         assert torch.equal(from_hub(), logits(folder))
     assert capsys.readouterr().err == ""  # no progress bars where stderr is no terminal
-    settings = {path.name for path in folder.glob("*.json")} - {"onnx_config.json"}
+    settings = {path.name for path in folder.glob("*.j*")} - {"onnx_config.json"}
     shards = {path.name for path in folder.glob("model*.safetensors")} - {"model.fp16.safetensors"}
     first = min(map(fetched.index, shards))
-    assert settings <= set(fetched[:first]) and set(fetched[first:]) == shards and len(settings) >= 6
+    assert settings <= set(fetched[:first]) and set(fetched[first:]) == shards and len(settings) >= 7
     assert (len(shards) > 1) == (shard != "1GB") and not {name for name in fetched if "/" in name or ".bin" in name}
     for offline in (False, True):
         with hub.visit(folder, cache, offline=offline) as fetched:
@@ -522,7 +524,7 @@ ERRORS = {  # case: what it changes, and words of the line
         for file, key, value in (
             *((CONFIG, "model_type", kind) for kind in ("llama", "qwen2_5_vl")),
             *((CONFIG, "quantization_config", {"quant_method": kind}) for kind in ("awq", "gptq", "fp8")),
-            *((CONFIG, "hidden_size", size) for size in ("64", 0, True)),
+            *((CONFIG, "hidden_size", size) for size in ("64", 0, 64.5, True)),
             (CONFIG, "text_config", 3),
             (CONFIG, "tie_word_embeddings", "false"),
             (CONFIG, "use_sliding_window", True),
@@ -540,8 +542,8 @@ ERRORS = {  # case: what it changes, and words of the line
     "rope_type": (keys(CONFIG, rope_scaling={"rope_type": "yarn", "type": "mrope"}), CONFIG, "rope_type is 'yarn'"),
     "section 16": (keys(CONFIG, rope_scaling={"mrope_section": 16}), CONFIG, "mrope_section is 16, not a list of"),
     "section of two": (keys(CONFIG, rope_scaling={"mrope_section": [2, 3]}), CONFIG, "mrope_section (2, 3)"),
-    "key heads": (keys(CONFIG, num_key_value_heads=3), CONFIG, "48"),
-    "embed_dim": (keys(CONFIG, vision_config={**VISION, "embed_dim": 63}), CONFIG, "63"),
+    "key heads": (keys(CONFIG, num_key_value_heads=3), CONFIG, "4 and 3 heads"),
+    "embed_dim": (keys(CONFIG, vision_config={**VISION, "embed_dim": 63}), CONFIG, "4 vision heads"),
     "widths": (keys(CONFIG, vision_config={**VISION, "hidden_size": 32}), CONFIG, "hidden_size 32", "64"),
     "ends [[1]]": (keys(GENERATION, eos_token_id=[[1]]), GENERATION, "eos_token_id", "[[1]]"),
     "ends text": (keys(GENERATION, eos_token_id="<|im_end|>"), GENERATION, "eos_token_id", "<|im_end|>"),
@@ -595,14 +597,14 @@ ERRORS = {  # case: what it changes, and words of the line
     **{f"model {name}": (given(model=name), "no such") for name in ("./nowhere", "/no/where", "~nosuchuser/x")},
     "model a/b/c": (given(model="a/b/c"), "a/b/c: ", "neither a folder nor a hub id"),
     "revision": (given(revision="main"), "a folder", "no revisions", "leave revision out"),
-    **{f"device {name}": (given(device=name), f"device '{name}'", "cannot be used", "cpu") for name in (3.5, "abacus")},
+    **{f"device {name}": (given(device=name), f"device '{name}' cannot be used", "cpu") for name in (3.5, "x", "meta")},
     **{f"dtype {name}": (given(dtype=name), f"dtype '{name}'", "bfloat16, float16, float32") for name in ("int8", "x")},
     "dtype torch": (given(dtype=torch.float64), "dtype 'float64'", "bfloat16, float16, float32"),
     # the hub
     "unknown": (refuses(404, "RepoNotFound"), "some/model: ", "private", "hf auth login"),
     "unknown revision": (refuses(404, "RevisionNotFound"), "no such revision"),
     "gated": (refuses(403, "GatedRepo"), "access", "ask for it on its page at the hub, then `hf auth login`"),
-    "token": (refuses(401), "cannot be downloaded", "HF_TOKEN", "401"),
+    "token": (refuses(401), "some/model: ", "the hub refuses", "HF_TOKEN", "401"),
     "down": (refuses(500), "not in the ", "cache", "the hub ", "HF_HUB_OFFLINE"),
     "offline": (refuses(500, offline=True), "not in the ", "cache", "the hub ", "HF_HUB_OFFLINE"),
     "cache": (fails(PermissionError(13, "Permission denied", "/cache")), "set HF_HOME to a folder you can write"),
