@@ -518,7 +518,7 @@ def test_picture():
     view = model.look(ROOT / "examples" / "scene.png", ROOT / "examples" / "events.npy")
     moving, kept = view.S > 0, view.groups.numpy()
     assert (moving.sum(), kept.sum(), moving.size) == (13, 32, 64) and kept[moving].all()
-    assert re.search(r"Thirteen\s+of\s+its\s+64\s+cells\s+have\s+events;\s+the\s+other\s+19\b", README)
+    assert re.search(r"Of\s+the\s+image's\s+64\s+cells,\s+thirteen\s+have\s+events;\s+the\s+other\s+19\b", README)
 
 
 def test_options(capsys):
