@@ -293,6 +293,8 @@ def exit_status(program: str, work: Callable[[], None]) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """The command line's work. What is small is read first: a mistake there should not wait for a download."""
+    if hasattr(sys.stdout, "reconfigure"):  # answers are UTF-8, whatever the locale
+        sys.stdout.reconfigure(encoding="utf-8")
     options, sampling = chosen(args, Options), chosen(args, Sampling)
     with warnings.catch_warnings(record=True) as caught:  # an error is shown without the warnings before it
         warnings.simplefilter("always", UserWarning)
@@ -310,7 +312,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{view}, {kept / one:.2f} of {dense / one:.2f} {unit}FLOPs", file=sys.stderr, flush=True)
     show_progress(model)
     if args.question is not None:
-        return show(model, view, args.question, sampling, start)
+        show(model, view, args.question, sampling, start)
+        return
     view, failed, asked = model.read(view), 0, 0
     for asked, question in enumerate(lines(), 1):
         try:
@@ -332,14 +335,17 @@ def lines() -> Iterator[str]:
     print(end="\n" if ask else "", file=sys.stderr)
 
 
-def show(model: EPVLM, view: View, question: str, sampling: Sampling, start: float) -> None:
-    """Prints an answer as it comes; on stderr, when its first token came, and where it was cut."""
+def show(model: EPVLM, view: View, question: str, sampling: Sampling, start: float) -> tuple[float, float]:
+    """Prints an answer as it comes; on stderr, when its first token came and where it was cut. Returns the seconds from
+    `start` to its first token and to its last."""
     shown: list[int] = []
+    ends: list[float] = []
 
     def tokens() -> Iterator[int]:
         for token in model.tokens(view, question, sampling):
+            ends.append(time.perf_counter() - start)
             if not shown:
-                print(f"first token after {time.perf_counter() - start:.2f} s", file=sys.stderr, flush=True)
+                print(f"first token after {ends[0]:.2f} s", file=sys.stderr, flush=True)
             shown.append(token)
             yield token
 
@@ -350,6 +356,7 @@ def show(model: EPVLM, view: View, question: str, sampling: Sampling, start: flo
         print(end="\n" if shown else "", flush=True)
     if shown[-1] not in model.ends:
         print(f"stopped after {len(shown)} token{'s' * (len(shown) > 1)}", file=sys.stderr, flush=True)
+    return ends[0], ends[-1]
 
 
 def show_progress(model: EPVLM) -> None:

@@ -337,7 +337,7 @@ def check(folder: Path, stored: dict[str, Tensor], shapes: dict[str, tuple], spe
     for name, tensor in stored.items():
         (path, spelling), shape, expected = spelt[name], tuple(tensor.shape), shapes.get(name)
         if expected is None:
-            faults.append(f"{path.name}: {spelling} {shape} is unexpected")
+            faults += [] if many else [f"{path.name}: {spelling} {shape} is unexpected"]
         elif shape != expected:
             faults.append(f"{path.name}: {spelling} has shape {shape}, config.json makes it {expected}")
         elif tensor.dtype not in DTYPES.values():

@@ -18,7 +18,6 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from common import Parser, add_model, check_output, exit_status, load, warnings_as_lines, write_whole
-from epvlm import EPVLM, Options, Sampling, View, add_flags, chosen, show_progress
+from epvlm import EPVLM, Options, Sampling, View, add_flags, chosen, show, show_progress
 from events import read_events, resize
 from vit import read_image
 
@@ -131,33 +130,10 @@ def compare(model: EPVLM, dense: Look, packed: Look, question: str, sampling: Sa
         kept, of = flops[name]
         unit, prefix = scale(of)
         print(f"{each.view}, {kept / unit:.2f} of {of / unit:.2f} {prefix}FLOPs", file=sys.stderr, flush=True)
-        first, whole = (each.seconds + end for end in say(model, each.view, question, sampling))
-        costs.append(Cost(len(each.view.patches), int(each.view.groups.sum()), kept, first, whole))
+        show_progress(model)
+        ends = show(model, each.view, question, sampling, start=time.perf_counter() - each.seconds)
+        costs.append(Cost(len(each.view.patches), each.view.tokens, kept, *ends))
     return table(*costs)
-
-
-def say(model: EPVLM, view: View, question: str, sampling: Sampling) -> tuple[float, float]:
-    """Prints an answer as it comes; on stderr, when the first token came, and where the answer was cut. Returns the
-    seconds to the first token and to the last."""
-    show_progress(model)
-    ids, ends, start = [], [], time.perf_counter()
-
-    def tokens() -> Iterator[int]:
-        for token in model.tokens(view, question, sampling):
-            ids.append(token)
-            ends.append(time.perf_counter() - start)
-            if len(ids) == 1:
-                print(f"first token after {ends[0]:.2f} s", file=sys.stderr, flush=True)
-            yield token
-
-    try:
-        for piece in model.pieces(tokens()):
-            print(piece, end="", flush=True)
-    finally:
-        print(flush=True)  # also after an error: its message gets a line of its own
-    if ids[-1] not in model.ends:
-        print(f"stopped after {len(ids)} token{'s' * (len(ids) > 1)}", file=sys.stderr, flush=True)
-    return ends[0], ends[-1]
 
 
 def scale(flops: int) -> tuple[float, str]:

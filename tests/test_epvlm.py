@@ -1,14 +1,17 @@
 """The class and the command line: look, ask, several questions, what is printed, and how the program ends."""
 
 import dataclasses
+import fcntl
 import io
 import itertools
+import json
 import os
 import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import types
 import warnings
@@ -350,6 +353,22 @@ def test_the_system_turn_is_fixed_when_looking(checkpoint, system, begins):
     assert text.startswith(begins) and text.endswith(f"{QUESTION}<|im_end|>\n<|im_start|>assistant\n")
     turns = int((ids == model.tokenizer.token_to_id("<|im_end|>")).sum())
     assert turns == (1 if system == "" else 2)  # one spelt in the text stays text
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_a_question_may_spell_the_image(files, capsys, special):
+    """Where tokenizer.json says that its token is not special, the text has one of it."""
+    path, question = Path("model/tokenizer.json"), "What is <|image_pad|> here?"
+    added = json.loads(path.read_text())["added_tokens"]
+    tiny.edit(path, added_tokens=[{**t, "special": special or t["content"] != "<|image_pad|>"} for t in added])
+    model = EPVLM.from_pretrained("model")
+    view = model.look("image.png", "events.npy")
+    ids, _ = model.prompt(view, question)
+    assert int((ids == model.image_pad).sum()) == view.tokens + (not special)
+    answer = list(model.tokens(view, question, Sampling(6)))
+    assert answer == list(model.tokens(model.read(view), question, Sampling(6)))
+    assert main(["image.png", "events.npy", question, *MODEL, "6"]) == 0
+    assert capsys.readouterr().out == "".join(model.pieces(answer)) + "\n"
 
 
 def test_tokens_end_with_the_end_token_or_at_the_limit(checkpoint):
@@ -752,6 +771,19 @@ def test_a_terminal_is_asked_until_its_end(files):
     assert err.endswith(b"question: \n") and b"UTF-8" in err and b"Traceback" not in err
 
 
+@pytest.mark.parametrize("model, count", [("model", "6"), (str(TINY), "128")])
+def test_a_pipe_is_utf8_whatever_the_locale(files, model, count):
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    arguments = "image.png", "none", "--model", model, "--max-new-tokens", count
+    question, found = "Où est l'été ?", []
+    for locale in (plain, {"PYTHONUTF8": "1"}):
+        with program(*arguments, stdin=subprocess.PIPE, env={**os.environ, **locale}) as running:
+            out, err = running.communicate(question.encode(), timeout=120)
+        found.append((running.returncode, out, err.count(b"\n")))
+    expected = EPVLM.from_pretrained(model).answer("image.png", None, question, sampling=Sampling(int(count)))
+    assert found[0] == found[1] and found[0][:2] == (0, expected.encode() + b"\n")
+
+
 # The command line: bad input
 
 
@@ -782,6 +814,7 @@ BAD_INPUT = [  # arguments, words of the one line
     (("image.png", "events.npy", *ASK, "--sensor", "240"), ("--sensor", "'240'")),
     (("image.png", "events.npy", *ASK, "--sensor", "00x180"), ("sensor", "0 x 180")),
     (("image.png", "none", *ASK, "--min-pixels", "9000", "--max-pixels", "8000"), ("min_pixels 9000", "8000")),
+    (("image.png", "none", *ASK, "--min-pixels", "0"), ("min_pixels 0 must be at least 1",)),
     (("image.png", "none", *ASK, "--max-new-tokens", "0"), ("max_new_tokens 0",)),
     (("image.png", "none", *ASK, "--temperature", "-1"), ("temperature -1.0",)),
     (("image.png", "none", *ASK, "--repetition-penalty", "0"), ("repetition_penalty 0.0",)),
@@ -899,6 +932,16 @@ def test_an_error_that_cannot_be_printed_still_has_a_status(files):
         assert running.wait(60) > 0
 
 
+@pytest.mark.parametrize("image, status", [("image.png", 0), ("nowhere.png", 2)])
+def test_a_closed_standard_error_leaves_the_answer_alone(files, image, status):
+    arguments = image, "events.npy", QUESTION, *MODEL, "9", "--device", "cpu"
+    with program(*arguments, stderr=None, preexec_fn=lambda: os.close(2)) as running:  # as 2>&- does
+        out, _ = running.communicate(timeout=120)
+    model = EPVLM.from_pretrained("model", device="cpu")
+    answer = model.answer("image.png", "events.npy", QUESTION, sampling=Sampling(9)) + "\n"
+    assert (running.returncode, out.decode()) == (status, "" if status else answer)
+
+
 @pytest.fixture
 def endless(files):
     """Arguments of an answer that takes minutes."""
@@ -916,6 +959,26 @@ def test_an_interrupted_answer_ends_with_130(endless):
         running.send_signal(signal.SIGINT)
         _, err = running.communicate(timeout=60)
     assert running.returncode == 130 and b"Traceback" not in err and b"rror" not in err
+
+
+def test_an_interrupt_instead_of_a_question_ends_with_130_and_its_line(files):
+    """Ctrl-C on a terminal that the program has for itself."""
+
+    def own_terminal():
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    ours, theirs = pty.openpty()
+    with program("image.png", "none", *MODEL, "6", stdin=theirs, stderr=theirs, preexec_fn=own_terminal) as running:
+        os.close(theirs)
+        shown = b""
+        while not shown.endswith(b"question: "):
+            shown += os.read(ours, 1000)
+        os.write(ours, b"\x03")
+        out, _ = running.communicate(timeout=60)
+    assert (running.returncode, out, os.read(ours, 1000)) == (130, b"", b"^C\r\n")
+    os.close(ours)
 
 
 def test_an_ignored_interrupt_stays_ignored(endless):

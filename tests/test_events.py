@@ -11,6 +11,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -117,6 +118,8 @@ DOUBTS = {
     "few rows, x sorted, time not": [[1, 5, 30, 1], [2, 3, 10, 0], [3, 4, 20, 1]],
     "rows sorted by y": [[n % 7, n // 7, (n * 37) % 150, n % 2] for n in range(100)],
     "times equal, y sorted": [[3, 1, 5, 1], [1, 2, 5, 0], [2, 30, 5, 1]],
+    "times 0 come first, y sorted": [[0, (n * 37) % 150, n, n % 2] for n in range(200)],
+    "times 0 come third, y first and sorted": [[n, (n * 37) % 150, 0, n % 2] for n in range(200)],
     "time has less range than x": [[(n * 37) % 200, (n * 11) % 100, n, n % 2] for n in range(50)],
 }
 
@@ -301,6 +304,11 @@ def file(name, write):
     return lambda folder: (write(folder / name), folder / name)[1]
 
 
+def in_order(rows):
+    """A function of a folder that reads the array with an order."""
+    return lambda folder: read_events(rows, "txyp")
+
+
 ODD = np.zeros(2, [(name, int) for name in ("x", "y", "t", "ts", "p")])  # two columns of time
 TALL = rows_of((9, 20, 0, 0), (3, 39, 50, 0))
 LONG = file("e.npz", lambda path: np.savez(path, x=[0, 1, 2], y=[0, 1], t=[0, 1], p=[0, 1]))
@@ -327,6 +335,10 @@ MESSAGES = [  # how it ends, what is read, how it is aligned
     ("which of its columns are x, y, t, p is uncertain; give order, such as txyp", np.zeros((3, 4)), None),
     ("map of an image; reshape it (a stack: np.abs(stack).sum(axis=0))", np.zeros((5, 30, 40)), None),
     ("the events: holds NaN or infinity; replace them", np.full((5, 5), math.nan), None),
+    ("events of type list: give a path, a numpy array, or none", [[1, 2, 3, 1]], None),
+    ("events of type Tensor: give a path, a numpy array, or none", torch.ones(3, 4), None),
+    ("the events: shape (5, 5) of float64 is not N x 4 events; leave order out", in_order(np.ones((5, 5))), None),
+    ("the events: shape (3,) of int64 is not N x 4 events; leave order out", in_order(np.arange(3)), None),
     ("e.npy: cannot be read as events (no such file" + CONVERT, lambda folder: folder / "e.npy", None),
     (": cannot be read as events (not a file" + CONVERT, lambda folder: folder, None),
     ("e.csv: cannot be read as events (neither .npy nor .npz" + CONVERT, TEXT, None),
@@ -405,6 +417,20 @@ def test_large_clocks_are_exact_to_a_quarter_of_a_microsecond():
     assert events.within((start, start)).x.tolist() == [0]
     assert events.within((start + 1, start + 1)).x.tolist() == [1]
     assert events.span == (start, start + 1)
+
+
+@pytest.mark.parametrize("dtype", ["i8", "u8"])
+def test_windows_on_whole_microseconds_of_a_large_clock_are_exact(dtype):
+    rng = np.random.default_rng(0)
+    times = 1_700_000_000_000_000 + np.cumsum(rng.integers(1, 4, 300))  # microseconds
+    events = read_events(
+        np.rec.fromarrays([np.arange(300), [0] * 300, (1000 * times).astype(dtype), [1] * 300], names="x,y,t,p"),
+        time_unit="ns",
+    )
+    assert events.t.astype(np.int64).tolist() == times.tolist()
+    for first, last in np.sort(rng.integers(0, 300, (200, 2))).tolist():
+        inside = events.within((float(times[first]), float(times[last])))
+        assert inside.x.tolist() == list(range(first, last + 1))
 
 
 @pytest.mark.parametrize("dtype", ["f2", "f4", "i2", "u1"])

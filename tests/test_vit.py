@@ -171,6 +171,12 @@ def test_no_image(tmp_path, name, message):
         read_image(tmp_path / name)
 
 
+def test_an_array_is_not_printed():
+    with pytest.raises(ValueError, match=r"^the image: .*ndarray.*; give an 8-bit PNG or JPEG$") as caught:
+        read_image(np.full((99, 99, 3), 77, np.uint8))
+    assert "77" not in str(caught.value) and "\n" not in str(caught.value)
+
+
 # Patches
 
 

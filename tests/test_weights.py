@@ -167,9 +167,10 @@ def test_older_pixel_limits(tmp_path, name, settings, expected):
     assert (config.min_pixels, config.max_pixels) == expected
 
 
-def test_image_statistics_are_the_checkpoints(folder):
-    edit(folder / PRE, image_mean=[0.1, 0.2, 0.3])
-    assert EPVLM.from_pretrained(folder).image_config.image_mean == (0.1, 0.2, 0.3)
+@pytest.mark.parametrize("mean", [(0.1, 0.2, 0.3), (0.0, 0.0, 0.0), (0, 0, 0)])
+def test_image_statistics_are_the_checkpoints(folder, mean):
+    edit(folder / PRE, image_mean=mean)
+    assert EPVLM.from_pretrained(folder).image_config.image_mean == mean
 
 
 @pytest.mark.parametrize(
@@ -332,17 +333,39 @@ def test_a_head_of_its_own(folder):
     assert torch.equal(model.llm.lm_head.weight, model.llm.model["embed_tokens"].weight + 1)
 
 
+def mappings(path: Path) -> list[tuple[int, int]]:
+    """Where the file is mapped in this process: first address, and the one past the last."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    return [tuple(int(end, 16) for end in line.split()[0].split("-")) for line in maps if line.endswith(str(path))]
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
 def test_tensors_are_used_where_the_file_is_mapped(folder):
     shapes = {name: tuple(tensor.shape) for name, tensor in published(*build(folder)).items()}
     tensors = read_tensors(folder, shapes, tied=True)
-    maps = Path("/proc/self/maps").read_text().splitlines()
-    ranges = [line.split()[0].split("-") for line in maps if line.endswith(str(folder / WEIGHTS))]
-    mapped = lambda tensor: any(int(low, 16) <= tensor.data_ptr() < int(high, 16) for low, high in ranges)  # noqa: E731
-    assert all(map(mapped, tensors.values())) and set(tensors) == set(shapes)
-    converted = read_tensors(folder, shapes, tied=True, dtype=torch.bfloat16)
-    assert not any(map(mapped, converted.values()))
-    assert all(torch.equal(converted[name], tensors[name].bfloat16()) for name in shapes)
+    ranges = mappings(folder / WEIGHTS)
+    assert all(any(low <= tensor.data_ptr() < high for low, high in ranges) for tensor in tensors.values())
+    assert set(tensors) == set(shapes)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
+@pytest.mark.parametrize("tied", [True, False])
+def test_of_converted_tensors_no_mapping_is_left(tmp_path, tied):
+    """Shards, names as newer files spell them: each is mapped while it is converted, and no longer."""
+    tiny.write(tmp_path, tied, shard="250KB")
+    files = sorted(tmp_path.glob("*.safetensors"))
+    for file in files:
+        tensors = {RENAMED["newer"](name) if tied else name: tensor for name, tensor in load_file(file).items()}
+        save_file(tensors, file)
+        del tensors
+    index = json.loads((tmp_path / INDEX).read_text())["weight_map"]
+    edit(tmp_path / INDEX, weight_map={RENAMED["newer"](name) if tied else name: index[name] for name in index})
+    shapes = {name: tuple(tensor.shape) for name, tensor in published(*build(tmp_path)).items()}
+    converted = read_tensors(tmp_path, shapes, tied, dtype=torch.bfloat16)
+    assert len(files) > 1 and not any(map(mappings, files))
+    expected = read_tensors(tmp_path, shapes, tied)
+    assert all(map(mappings, files))
+    assert all(torch.equal(converted[name], expected[name].bfloat16()) for name in shapes)
 
 
 # dtype, device, memory
@@ -392,7 +415,7 @@ def test_the_hub_gives_the_weights_last(tmp_path, capsys, shard):
     settings = {path.name for path in folder.glob("*.j*")} - {"onnx_config.json"}
     shards = {path.name for path in folder.glob("model*.safetensors")} - {"model.fp16.safetensors"}
     first = min(map(fetched.index, shards))
-    assert settings <= set(fetched[:first]) and set(fetched[first:]) == shards and len(settings) >= 7
+    assert settings == set(fetched[:first]) and set(fetched[first:]) == shards and len(settings) >= 7
     assert (len(shards) > 1) == (shard != "1GB") and not {name for name in fetched if "/" in name or ".bin" in name}
     for offline in (False, True):
         with hub.visit(folder, cache, offline=offline) as fetched:
@@ -518,6 +541,7 @@ def fails(error):
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4418050848\n"
 VISION = {"embed_dim": 64, "num_heads": 4, "hidden_size": 64}
 PARTS = (CONFIG, TOKENIZER, WEIGHTS)
+NEWER = "model.language_model.layers."
 ERRORS = {  # case: what it changes, and words of the line
     **{
         f"{key} {value}": (keys(file, **{key: value}), f"{file}: ", f"{key} is {value!r}")
@@ -541,15 +565,20 @@ ERRORS = {  # case: what it changes, and words of the line
     "rope type": (keys(CONFIG, rope_scaling={"type": "yarn"}), CONFIG, "type is 'yarn'"),
     "rope_type": (keys(CONFIG, rope_scaling={"rope_type": "yarn", "type": "mrope"}), CONFIG, "rope_type is 'yarn'"),
     "section 16": (keys(CONFIG, rope_scaling={"mrope_section": 16}), CONFIG, "mrope_section is 16, not a list of"),
-    "section of two": (keys(CONFIG, rope_scaling={"mrope_section": [2, 3]}), CONFIG, "mrope_section (2, 3)"),
+    **{
+        f"sections {values}": (keys(CONFIG, rope_scaling={"mrope_section": values}), CONFIG, f"mrope_section {values}")
+        for values in ((2, 3, 4), (3, 5), (2, 2, 2, 2))  # one of another sum, and two that are not three
+    },
     "key heads": (keys(CONFIG, num_key_value_heads=3), CONFIG, "4 and 3 heads"),
+    "vision heads": (keys(CONFIG, vision_config={**VISION, "num_heads": 3}), CONFIG, "3 vision heads"),
+    "narrow vision heads": (keys(CONFIG, vision_config={**VISION, "num_heads": 32}), CONFIG, "32 vision heads"),
     "embed_dim": (keys(CONFIG, vision_config={**VISION, "embed_dim": 63}), CONFIG, "4 vision heads"),
     "widths": (keys(CONFIG, vision_config={**VISION, "hidden_size": 32}), CONFIG, "hidden_size 32", "64"),
     "ends [[1]]": (keys(GENERATION, eos_token_id=[[1]]), GENERATION, "eos_token_id", "[[1]]"),
     "ends text": (keys(GENERATION, eos_token_id="<|im_end|>"), GENERATION, "eos_token_id", "<|im_end|>"),
     "mean": (keys(PRE, image_mean=[0.5]), f"{PRE}: image_mean"),
     "newer mean": (keys(PRO, image_processor={"image_mean": [0.5]}), f"{PRO}: image_mean"),
-    "deviation": (keys(PRE, image_std=[0.5, 0, 0.5]), PRE, "image_std"),
+    "deviation": (keys(PRE, image_std=[0.5, 0, 0.5]), PRE, "image_std above 0"),
     "limits": (keys(PRE, **limits(9, 8)), f"{PRE}: min_pixels 9 ", "max_pixels", "8"),
     "newer limits": (keys(PRO, image_processor=limits(9, 8)), f"{PRO}: min_pixels 9 ", "max_pixels", "8"),
     # files
@@ -583,14 +612,25 @@ ERRORS = {  # case: what it changes, and words of the line
         for token in ({"x": {"content": "<a>"}}, {"7": "<a>"}, {"7": {"content": 3}}, {"7": {}})
     },
     # tensors
-    "no norm": (without(NORM), f"{NORM} (64,) is missing"),
+    "no norm": (without(NORM), f"{NORM} (64,) is missing; "),
     "no bias": (without("visual.merger.mlp.0.bias"), "visual.merger.mlp.0.bias (256,) is missing"),
     "no patches": (without(PATCHES), f"{PATCHES} (64, 3, 2, 14, 14) is missing"),
     "two missing": (without(NORM, K_PROJ), "is missing (and 1 more)"),
-    "unexpected": (added("model.layers.2.x", 3, 5), f"{WEIGHTS}: model.layers.2.x ", "(3, 5)", "unexpected"),
-    "shape": (changed(K_PROJ, lambda k: k[:-1].clone()), f"{WEIGHTS}: {K_PROJ} ", "(31, 64)", "makes it (32, 64)"),
-    "type": (changed(NORM, lambda norm: norm.to(torch.int8)), f"{WEIGHTS}: {NORM} ", "int8"),
+    "unexpected": (added("model.layers.2.x", 3, 5), f"{WEIGHTS}: model.layers.2.x (3, 5) is unexpected; "),
+    "shape": (changed(K_PROJ, lambda k: k[:-1].clone()), f"{WEIGHTS}: {K_PROJ} ", "(31, 64)", "makes it (32, 64); "),
+    "type": (
+        changed(NORM, lambda norm: norm.to(torch.int8)),
+        f"{WEIGHTS}: {NORM} is of type torch.int8, not one of bfloat16, float16, float32; ",
+    ),
     "twice": (added("model.language_model.norm.weight", 64), NORM, "stored already", "model.language_model.norm"),
+    "prefix cut at a dot": (
+        tensors(lambda name, tensor: {name: tensor, **{f"{NEWER}{n}.x": torch.zeros(3) for n in (20, 21)}}),
+        f"2 tensors whose names begin with {NEWER} are unexpected",
+    ),
+    "no prefix": (
+        tensors(lambda name, tensor: {name: tensor, "score_a.x": torch.zeros(3), "score_b.x": torch.zeros(3)}),
+        f"{WEIGHTS}: score_a.x (3,) is unexpected (and 1 more); ",
+    ),
     "prefix": (tensors(lambda name, tensor: {f"base_model.{name}": tensor}), "names begin with base_model."),
     "head": (tensors(with_head(1)), f"lm_head.weight differs from {EMBEDDING}", 'set "tie_word_embeddings": false'),
     # arguments
