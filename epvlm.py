@@ -112,6 +112,7 @@ class View:
     S: np.ndarray | None  # (T, cells_h, cells_w) float64, Eq. 5, in 1 / (H W) of an event; None without events
     source: str  # where the mask comes from, such as "37142 events in 20.0 ms"
     system: str | None  # the system turn, see Options
+    start: int  # how many tokens of the prompt stand before the image's
     cache: KVCache | None = None  # keys and values of all that stands before the question, once `EPVLM.read`
 
     def __str__(self) -> str:
@@ -145,11 +146,12 @@ class EPVLM:
         remedy. Warns of what is likely a mistake."""
         image, config = read_image(image), self.vit.config
         patch, merge, group = config.patch_size, config.spatial_merge_size, config.group_size
-        limits = {name: getattr(options, name) for name in ("min_pixels", "max_pixels")}
+        limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
         limits = {name: value for name, value in limits.items() if value is not None}
         H, W = smart_resize(image.height, image.width, group, replace(self.image_config, **limits))  # pixels
-        dense, text = H * W // group**2, sum(map(len, prompt_ids(self.tokenizer, "", options.system)))
-        self.check_room(dense if events is None else budget(dense, 1 - options.sparsity), dense, text)
+        dense, (before, after) = H * W // group**2, prompt_ids(self.tokenizer, "", options.system)
+        kept = dense if events is None else budget(dense, 1 - options.sparsity)  # or more: ties, patches
+        self.check_room(kept, dense, len(before) + len(after))
         keep, source, S = torch.ones(1, H // patch, W // patch, dtype=torch.bool), "no events", None
         if events is not None:
             events = read_events(events, options.order, options.time_unit)
@@ -162,7 +164,7 @@ class EPVLM:
         patches = packed_patches(image, keep, config, self.image_config)  # Eq. 7: (N', 1176)
         if options.system is None and not self.checkpoint.usual_system:
             warnings.warn("the chat template has another system turn; give it as system (--system TEXT)", stacklevel=2)
-        return View(patches, keep, groups, S, source, options.system)
+        return View(patches, keep, groups, S, source, options.system, len(before))
 
     def prompt(self, view: View, question: str) -> tuple[Tensor, Tensor]:
         """What the decoder is given: token ids (L,) int64, and their dense positions, packed, (3, L) int64. Raises
@@ -193,19 +195,15 @@ class EPVLM:
     def embed(self, view: View, ids: Tensor) -> Tensor:
         """concat(H_v, H_q) of Eq. 4, with H_v in the places of the image's tokens: (1, L, hidden_size)."""
         H_v = self.vit(view.patches.to(self.weight)[None], view.keep)  # Eq. 8, 9, 10
-        concat, start = self.llm.embed(ids[None]), self.image_start(view)  # H_q
-        concat[:, start : start + view.tokens] = H_v  # Eq. 4
+        concat = self.llm.embed(ids[None])  # H_q
+        concat[:, view.start : view.start + view.tokens] = H_v  # Eq. 4
         return concat
-
-    def image_start(self, view: View) -> int:
-        """How many tokens stand before the image's."""
-        return len(prompt_ids(self.tokenizer, "", view.system)[0])
 
     @torch.inference_mode()
     def read(self, view: View) -> View:
         """The view with the keys and values of all that stands before the question: more questions are cheap."""
         ids, positions = self.prompt(view, "")
-        end = self.image_start(view) + view.tokens
+        end = view.start + view.tokens
         cache = KVCache(self.llm.config, end, like=self.weight)
         self.llm(self.embed(view, ids[:end]), positions[:, :end], cache, wanted=1)
         return replace(view, cache=cache)
