@@ -4,8 +4,7 @@ Equations: 5 (motion of a cell), 6 (the mask; as printed, and with an exact budg
 
 Glossary
     x, y, t, p       an event: column and row (pixels), time (microseconds), polarity (on or off)
-    E_v              event map: events of a time window added up by pixel, (height, width) at the sensor's size, then
-                     resized to the input's, (T, H, W)
+    E_v              event map: events of a time window by pixel, (height, width) of the sensor, then resized, (T, H, W)
     cell             what the mask decides on: a group, 28 x 28 pixels (the default), or a patch, 14 x 14
     S                (T, cells_h, cells_w), Eq. 5: motion of each cell, in the unit of `resize`; T = 1 for a still image
     tau              fraction kept, as in Eq. 6; `sparsity` = 1 - tau is the fraction dropped, as in Table 1
@@ -231,8 +230,7 @@ def check_events(events: Events) -> None:
 
 
 def check_sensor(events: Events, size: tuple[int, int], guessed: bool) -> None:
-    """Raises ValueError if events lie outside their sensor. Warns if there are none, and where the sensor, perhaps
-    guessed from the image's size, does not seem to be the camera's."""
+    """Raises ValueError for events outside their sensor. Warns of none at all, and of a sensor that seems another."""
     width, height = events.sensor
     need(min(width, height) > 0 and width * height <= MOST, f"a sensor of {width} x {height}; give its real size")
     if not len(events):

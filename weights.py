@@ -70,16 +70,14 @@ class Checkpoint:
 def load(model: str | Path, revision: str | None = None, device=None, dtype=None) -> Checkpoint:
     """A checkpoint from a folder, or from the hub's repository of that name, whose weights are fetched only when its
     settings are found to fit. Parameters: see `EPVLM.from_pretrained`. Raises ValueError that names the fault."""
-    kind = "None" if dtype is None else str(dtype).removeprefix("torch.")
-    if dtype is not None and kind not in DTYPES:
-        raise ValueError(f"dtype {kind!r}: give one of {', '.join(DTYPES)}")
+    kind = str(dtype).removeprefix("torch.")
+    need(kind in ("None", *DTYPES), f"dtype {kind!r}", "not one to compute in", f"give one of {', '.join(DTYPES)}")
     try:
         device = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
         need(device.type in ("cpu", "cuda", "mps"), device, "not a device that computes", "give cpu")
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"device {str(device)!r} cannot be used ({str(error).splitlines()[0][:80]}); try cpu"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {str(device)!r} cannot be used ({reason:.80}); try cpu") from None
     folder = find(model, revision)
     vit, llm = build(folder)
     tokenizer, image_config = read_tokenizer(folder, llm.config.vocab_size), read_image_config(folder)
