@@ -18,6 +18,7 @@ What differs from plain Qwen2-VL: the mask. Without events, or at sparsity 0, th
 """
 
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -266,6 +267,14 @@ def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
         parser.add_argument(f"--{each.name.replace('_', '-')}", **how)
 
 
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which model."""
+    parser.add_argument("--model", default="Qwen/Qwen2-VL-2B-Instruct", help="folder or hub id (default: %(default)s)")
+    parser.add_argument("--revision", help="branch, tag or commit of the hub id")
+    parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
+    parser.add_argument("--dtype", choices=tuple(weights.DTYPES), help="default: the checkpoint's")
+
+
 def chosen(args: argparse.Namespace, options: type):
     """Options or Sampling as the command line has them."""
     return options(**{each.name: getattr(args, each.name) for each in fields(options)})
@@ -289,13 +298,22 @@ def exit_status(program: str, work: Callable[[], None]) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def warnings_as_lines(program: str) -> Iterator[None]:
+    """Prints what the block warns of when it ends, a line on stderr for each message; after an error nothing."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        print(f"{program}: warning: {message}", file=sys.stderr, flush=True)
+
+
 def run(args: argparse.Namespace) -> None:
     """The command line's work. What is small is read first: a mistake there should not wait for a download."""
     if hasattr(sys.stdout, "reconfigure"):  # answers are UTF-8, whatever the locale
         sys.stdout.reconfigure(encoding="utf-8")
     options, sampling = chosen(args, Options), chosen(args, Sampling)
-    with warnings.catch_warnings(record=True) as caught:  # an error is shown without the warnings before it
-        warnings.simplefilter("always", UserWarning)
+    with warnings_as_lines("epvlm"):
         image = read_image(args.image)
         events = None if args.events == "none" else read_events(args.events, options.order, options.time_unit)
         if args.question is None and not (sys.stdin and (sys.stdin.isatty() or sys.stdin.buffer.peek())):
@@ -303,12 +321,8 @@ def run(args: argparse.Namespace) -> None:
         model = EPVLM.from_pretrained(args.model, args.revision, args.device, args.dtype)
         start = time.perf_counter()
         view = model.look(image, events, options)
-        kept, dense = model.flops(view, args.question or "")
-    for message in dict.fromkeys(str(warning.message) for warning in caught):
-        print(f"epvlm: warning: {message}", file=sys.stderr)
-    unit, one = ("T", 1e12) if dense >= 1e12 else ("G", 1e9) if dense >= 1e9 else ("M", 1e6)
-    print(f"{view}, {kept / one:.2f} of {dense / one:.2f} {unit}FLOPs", file=sys.stderr, flush=True)
-    show_progress(model)
+        flops = model.flops(view, args.question or "")
+    announce(model, view, flops)
     if args.question is not None:
         show(model, view, args.question, sampling, start)
         return
@@ -321,6 +335,18 @@ def run(args: argparse.Namespace) -> None:
             print(f"epvlm: question {asked}: {error}", file=sys.stderr)
     if not sys.stdin.isatty() and (failed or not asked):
         raise ValueError(f"{failed} of {asked} questions could not be answered; correct them" if asked else NO_QUESTION)
+
+
+def scale(flops: int) -> tuple[float, str]:
+    """How many FLOPs make a unit, and its prefix."""
+    return (1e12, "T") if flops >= 1e12 else (1e9, "G") if flops >= 1e9 else (1e6, "M")
+
+
+def announce(model: EPVLM, view: View, flops: tuple[int, int]) -> None:
+    """Says on stderr what was kept and what it will cost, and from here on shows the progress. flops: see EPVLM."""
+    unit, prefix = scale(flops[1])
+    print(f"{view}, {flops[0] / unit:.2f} of {flops[1] / unit:.2f} {prefix}FLOPs", file=sys.stderr, flush=True)
+    show_progress(model)
 
 
 def lines() -> Iterator[str]:
@@ -376,10 +402,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("image", help="image file")
     parser.add_argument("events", help="recording or event map, .npy or .npz; the word none for the dense image")
     parser.add_argument("question", nargs="?", help="if left out, questions are read from standard input, one a line")
-    parser.add_argument("--model", default="Qwen/Qwen2-VL-2B-Instruct", help="folder or hub id (default: %(default)s)")
-    parser.add_argument("--revision", help="branch, tag or commit of the hub id")
-    parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--dtype", choices=tuple(weights.DTYPES), help="default: the checkpoint's")
+    add_model(parser)
     add_flags(parser, Options)
     add_flags(parser, Sampling)
     return exit_status("epvlm", lambda: run(parser.parse_intermixed_args(argv)))  # the question may follow options

@@ -147,10 +147,16 @@ def read_json(path: Path, *keys: str, required: bool = False) -> dict:
     if not required and not path.is_file():
         return {}
     content = read_file(path, lambda path: json.loads(path.read_text(encoding="utf-8")), "readable as JSON", 2**26)
-    for key in ("the file", *keys):
-        content = content if key == "the file" else content.get(key) or {}
+    need(isinstance(content, dict), path, f"the file is {content!r:.60}, not an object")
+    return section(path, content, *keys)
+
+
+def section(path: Path, content: dict, *keys: str) -> dict:
+    """A copy of the object at `keys` in another; {} where there is none. Raises ValueError for anything else."""
+    for key in keys:
+        content = content.get(key) or {}
         need(isinstance(content, dict), path, f"{key} is {content!r:.60}, not an object")
-    return content
+    return dict(content)
 
 
 def read_config(folder: Path) -> tuple[dict, dict]:
@@ -166,7 +172,7 @@ def read_config(folder: Path) -> tuple[dict, dict]:
     vision, text = {}, {}
     for settings, *keys in ((text,), (text, "text_config"), (vision, "vision_config")):
         for inner in ((), ("rope_scaling",), ("rope_parameters",)):
-            settings |= read_json(path, *keys, *inner)
+            settings |= section(path, root, *keys, *inner)
     vision.setdefault("in_channels", vision.get("in_chans", 3))
     if root.get("tie_word_embeddings") is not None:  # its place is the root; some files have it nested
         text["tie_word_embeddings"] = root["tie_word_embeddings"]
@@ -185,10 +191,11 @@ def read_image_config(folder: Path) -> ImageConfig:
     """The image settings. Pixel limits stand at the root of preprocessor_config.json or within its `size`, there also
     as shortest_edge and longest_edge. Where processor_config.json has an image_processor, that takes the place of the
     whole file, as in transformers."""
-    path, keys = folder / "processor_config.json", ["image_processor"]
-    if not read_json(path, *keys):
-        path, keys = folder / "preprocessor_config.json", []
-    content, size = read_json(path, *keys), read_json(path, *keys, "size")
+    path = folder / "processor_config.json"
+    if not (content := read_json(path, "image_processor")):
+        path = folder / "preprocessor_config.json"
+        content = read_json(path)
+    size = section(path, content, "size")
     for key, newer in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         content[key] = content.get(key) or size.get(key) or size.get(newer)
     images = fill(ImageConfig, content, path)
@@ -218,7 +225,8 @@ def read_generation(folder: Path) -> tuple[frozenset[int], float]:
     """The ids that end an answer (generation_config.json's, else config.json's), and the repetition penalty, 1 for
     none. Raises ValueError that names the file."""
     path = folder / "generation_config.json"
-    penalty, ends = read_json(path).get("repetition_penalty") or 1, read_json(path).get("eos_token_id")
+    settings = read_json(path)
+    penalty, ends = settings.get("repetition_penalty") or 1, settings.get("eos_token_id")
     need(FITS[float](penalty) and penalty > 0, path, f"repetition_penalty is {penalty!r}, not a positive float")
     if ends is None:
         path, ends = folder / "config.json", read_config(folder)[1].get("eos_token_id")

@@ -5,19 +5,16 @@ a share. Every script imports it before it imports those modules.
 import contextlib
 import os
 import sys
-import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from epvlm import EPVLM, exit_status  # noqa: E402, F401 (the scripts take exit_status from here)
-from weights import DTYPES  # noqa: E402
+from epvlm import EPVLM, add_model, exit_status, warnings_as_lines  # noqa: E402, F401 (scripts take them from here)
 
-DEFAULT_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 TINY = ROOT / "examples" / "tiny"  # the checkpoint that train_tiny.py made
 
 
@@ -28,27 +25,9 @@ class Parser(ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (--help lists the options)\n")
 
 
-def add_model(parser: ArgumentParser) -> None:
-    """The flags that say which model, for `load`."""
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="checkpoint folder or hub id (default: %(default)s)")
-    parser.add_argument("--revision", help="branch, tag or commit of the hub id")
-    parser.add_argument("--device", help="such as cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="(default: the checkpoint's)")
-
-
 def load(args: Namespace) -> EPVLM:
     """The model that the flags of `add_model` name."""
     return EPVLM.from_pretrained(args.model, args.revision, args.device, args.dtype)
-
-
-@contextlib.contextmanager
-def warnings_as_lines(program: str) -> Iterator[None]:
-    """Prints what the block warns of when it ends, a line on stderr for each message; after an error nothing."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        yield
-    for message in dict.fromkeys(str(warning.message) for warning in caught):
-        print(f"{program}: warning: {message}", file=sys.stderr, flush=True)
 
 
 def check_output(path: Path, suffix: str = "", inputs: Iterable[str] = ()) -> Path:

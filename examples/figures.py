@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from common import Parser, add_model, check_output, exit_status, load, warnings_as_lines, write_whole
-from epvlm import EPVLM, Options, Sampling, View, add_flags, chosen, show, show_progress
+from epvlm import EPVLM, Options, Sampling, View, add_flags, announce, chosen, scale, show
 from events import read_events, resize
 from vit import read_image
 
@@ -107,7 +107,8 @@ def look(model: EPVLM, image, events, options: Options) -> Look:
     try:
         view = model.look(image, events, options)
     except ValueError as error:
-        raise ValueError(f"the {'packed' if events else 'dense'} answer: {error}") from None
+        name = "dense" if events is None else "packed"  # a recording without events is falsy
+        raise ValueError(f"the {name} answer: {error}") from None
     return Look(view, time.perf_counter() - start)
 
 
@@ -127,18 +128,10 @@ def compare(model: EPVLM, dense: Look, packed: Look, question: str, sampling: Sa
         except ValueError as error:
             raise ValueError(f"the {name} answer: {error}") from None
     for name, each in looks.items():
-        kept, of = flops[name]
-        unit, prefix = scale(of)
-        print(f"{each.view}, {kept / unit:.2f} of {of / unit:.2f} {prefix}FLOPs", file=sys.stderr, flush=True)
-        show_progress(model)
+        announce(model, each.view, flops[name])
         ends = show(model, each.view, question, sampling, start=time.perf_counter() - each.seconds)
-        costs.append(Cost(len(each.view.patches), each.view.tokens, kept, *ends))
+        costs.append(Cost(len(each.view.patches), each.view.tokens, flops[name][0], *ends))
     return table(*costs)
-
-
-def scale(flops: int) -> tuple[float, str]:
-    """How many make a unit, and its prefix."""
-    return (1e12, "T") if flops >= 1e12 else (1e9, "G") if flops >= 1e9 else (1e6, "M")
 
 
 def table(dense: Cost, packed: Cost) -> str:

@@ -247,3 +247,10 @@ def test_a_dense_answer_without_room_is_refused_before_the_packed_one(files, cap
     assert main([*COMPARE, "--min-pixels", "200704"]) == 2
     out, (line,) = lines(capsys)
     assert out == [] and line.startswith("figures: error: the dense answer: ") and "max_pixels" in line
+
+
+def test_a_recording_without_events_is_the_packed_answer_s(checkpoint):
+    empty, thin = read_events(np.zeros((0, 4))), Image.new("RGB", (1, 500))
+    for events, name in ((empty, "packed"), (None, "dense")):
+        with pytest.raises(ValueError, match=f"^the {name} answer: an image of 1 x 500"):
+            figures.look(checkpoint.model, thin, events, Options())
