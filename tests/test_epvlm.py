@@ -195,7 +195,7 @@ def test_shapes_of_a_view(files, cell, S):
     st.sampled_from(list(RULES)),
 )
 def test_a_view_keeps_the_patches_of_the_cells_its_rule_keeps(checkpoint, size, seed, sparsity, cell, rule):
-    model, image = checkpoint.model, Image.effect_noise(size, 90)
+    model, image = checkpoint.model, tiny.noise(*size)
     E_v = np.random.default_rng(seed).integers(-1, 3, (9, 11))
     view, dense = model.look(image, E_v, Options(sparsity, cell, rule)), model.look(image)
     H, W = (14 * side for side in dense.keep.shape[1:])
@@ -302,7 +302,7 @@ def test_pixel_limits_set_the_input_size(checkpoint):
 
 def test_looking_runs_no_layer_and_dropping_saves_more_than_its_share(checkpoint):
     """A selector must not cost what it saves: `look` multiplies nothing, `logits` falls faster than the tokens."""
-    model, image = checkpoint.model, Image.effect_noise((560, 560), 50)
+    model, image = checkpoint.model, tiny.noise(560, 560)
     E_v = np.random.default_rng(0).integers(0, 9, (560, 560))
     with FlopCounterMode(display=False) as looking:
         views = [model.look(image, E_v, Options(sparsity)) for sparsity in (0, 0.5, 0.75)]

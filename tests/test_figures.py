@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 import epvlm
 import figures
+import tiny
 from common import ROOT
 from epvlm import EPVLM, Options, Sampling
 from events import read_events
@@ -44,7 +45,7 @@ def panels(whole: Image.Image, width: int, height: int) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("cell", ["group", "patch"])
 def test_the_picture_shows_the_image_the_events_and_what_is_kept(checkpoint, cell):
-    model, image = checkpoint.model, Image.effect_noise((112, 84), 90).convert("RGB")
+    model, image = checkpoint.model, tiny.noise(112, 84)
     rows = [(5, 5, 0, 1)] * 4 + [(60, 40, 1, 0)] * 4 + [(9, 70, 2, 1), (9, 70, 2, 0)]
     rows = np.array(rows, dtype=[(name, int) for name in "xytp"])
     left, middle, right = panels(picture(model, image, rows, Options(cell=cell)), 112, 84)
@@ -83,7 +84,7 @@ def test_more_events_are_drawn_stronger_and_small_numbers_as_large_ones(checkpoi
 
 @given(SPARSITIES, st.integers(0, 2**32 - 1), st.sampled_from([(56, 56), (28, 280), (280, 28), (300, 200)]))
 def test_any_map_can_be_drawn(checkpoint, sparsity, seed, size):
-    model, image = checkpoint.model, Image.effect_noise(size, 90).convert("RGB")
+    model, image = checkpoint.model, tiny.noise(*size)
     E_v, options = np.random.default_rng(seed).integers(-2, 3, (9, 11)) * (seed % 3), Options(sparsity, min_pixels=784)
     with warnings.catch_warnings(action="ignore"):  # of a map without events
         whole, view = picture(model, image, E_v, options), model.look(image, E_v, options)

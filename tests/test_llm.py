@@ -249,7 +249,7 @@ def test_top_p_met_exactly():
 
 
 def test_tiny_top_p_is_greedy(checkpoint):
-    model, view = checkpoint.model, checkpoint.model.look(Image.effect_noise((84, 56), 90))
+    model, view = checkpoint.model, checkpoint.model.look(tiny.noise(84, 56))
     drawn = model.tokens(view, "what?", Sampling(6, temperature=1.0, top_p=1e-9))
     assert list(drawn) == list(model.tokens(view, "what?", Sampling(6)))
 
@@ -290,7 +290,7 @@ def test_penalty_example():
 @pytest.mark.parametrize("penalty", [1.05, 1.5])
 def test_penalty(checkpoint, penalty):
     """The greedy tokens of transformers, also of a view that was read."""
-    model, view, differ = checkpoint.model, checkpoint.model.look(Image.effect_noise((84, 112), 90)), 0
+    model, view, differ = checkpoint.model, checkpoint.model.look(tiny.noise(84, 112)), 0
     for question in ("what?", "What is moving?", "left of the small square?", "The red circle moves."):
         ids, _ = model.prompt(view, question)
         given = {"input_ids": ids[None], "pixel_values": view.patches,

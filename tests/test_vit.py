@@ -15,6 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from transformers.models.qwen2_vl.modeling_qwen2_vl import eager_attention_forward
 
 import rope2d
+import tiny
 import vit
 from strategies import CLIP
 from vit import ImageConfig, Merger, VisionConfig, VisionTransformer, patchify, read_image, smart_resize
@@ -143,7 +144,7 @@ def test_upright(tmp_path):
 
 @pytest.fixture
 def big(tmp_path):
-    Image.effect_noise((300, 300), 90).save(tmp_path / "big.png")
+    tiny.noise(300, 300).save(tmp_path / "big.png")
     return tmp_path / "big.png"
 
 

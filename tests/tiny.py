@@ -3,7 +3,9 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from tokenizers import Tokenizer
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
@@ -25,6 +27,11 @@ MROPE = [2, 3, 3]
 def tokenizer() -> Tokenizer:
     """Trained on two sentences: 300 tokens and 14 special ones."""
     return byte_level(CORPUS, 300)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    """An RGB image of random pixels, the same at every call."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 def write(folder: Path, tied=True, shard="1GB", layout="nested", seed=0) -> Qwen2VLForConditionalGeneration:
