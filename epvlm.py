@@ -37,9 +37,9 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 import weights
-from events import MICROSECONDS, RULES, budget, motion, need, read_events, resize
+from events import MICROSECONDS, RULES, budget, motion, need, novelty, read_events, resize, worth
 from llm import SYSTEM, KVCache, generate, mrope_positions, prompt_ids, sampler
-from vit import packed_patches, read_image, smart_resize
+from vit import packed_patches, pixels, read_image, smart_resize
 
 GROUNDING = {f"<|{name}_{side}|>" for name in ("object_ref", "box", "quad") for side in ("start", "end")}
 ORDERS = tuple(map("".join, permutations("xytp")))
@@ -63,7 +63,10 @@ class Options:
 
     sparsity: float = flag(0.5, "fraction of cells dropped, in [0, 1); 0 keeps everything", type=float)
     cell: str = flag("group", "the mask decides on 28 x 28 pixels, or on 14 x 14", choices=("group", "patch"))
-    rule: str = flag("exact", "Eq. 6 with ties broken so that the budget is met, or as printed", choices=tuple(RULES))
+    rule: str = flag("exact", "Eq. 6 with ties broken, Eq. 6 as printed, or ours", choices=tuple(RULES))
+    hot_pixels: str = flag(
+        "keep", "pixels that fire without a cause, or cut to their neighbours", choices=("keep", "mend")
+    )
     polarity: str = flag("count", "every event counts, or on and off cancel", choices=("count", "signed"))
     sensor: tuple[int, int] | None = flag(None, "event camera's (default: the image's)", type=size, metavar="WxH")
     window: tuple[float, float] | None = flag(
@@ -151,18 +154,21 @@ class EPVLM:
         limits = {name: value for name, value in limits.items() if value is not None}
         H, W = smart_resize(image.height, image.width, group, replace(self.image_config, **limits))  # pixels
         dense, (before, after) = H * W // group**2, prompt_ids(self.tokenizer, "", options.system)
-        kept = dense if events is None else budget(dense, 1 - options.sparsity)  # or more: ties, patches
+        drops = events is not None or options.rule == "cover"
+        kept = budget(dense, 1 - options.sparsity) if drops else dense  # or more: ties, patches
         self.check_room(kept, dense, len(before) + len(after))
-        keep, source, S = torch.ones(1, H // patch, W // patch, dtype=torch.bool), "no events", None
+        X_v, side = pixels(image, H, W), group if options.cell == "group" else patch  # (1, H, W, 3) uint8
+        S, source = None, "no events"
         if events is not None:
             events = read_events(events, options.order, options.time_unit)
             events = events.align(image.size, options.sensor, options.window)
-            E_v, source = resize(events.accumulate(options.polarity), H, W)[None], str(events)  # (T, H, W)
-            S = motion(E_v, group if options.cell == "group" else patch)  # Eq. 5: (T, cells_h, cells_w)
-            M = torch.from_numpy(RULES[options.rule](S, 1 - options.sparsity))  # Eq. 6: (T, cells_h, cells_w) bool
-            keep = M.repeat_interleave(merge, 1).repeat_interleave(merge, 2) if options.cell == "group" else M
+            E_v, source = events.accumulate(options.polarity, options.hot_pixels), str(events)
+            S = motion(resize(E_v, H, W)[None], side)  # Eq. 5: (T, cells_h, cells_w)
+        w = worth(S, novelty(X_v.numpy(), side)) if options.rule == "cover" else S
+        M = RULES[options.rule](w, 1 - options.sparsity) if drops else np.ones((1, H // side, W // side), bool)  # Eq. 6
+        keep = torch.from_numpy(M.repeat(side // patch, 1).repeat(side // patch, 2))
         groups = keep.unflatten(2, (-1, merge)).unflatten(1, (-1, merge)).any(dim=4).any(dim=2)
-        patches = packed_patches(image, keep, config, self.image_config)  # Eq. 7: (N', 1176)
+        patches = packed_patches(X_v, keep, config, self.image_config)  # Eq. 7: (N', 1176)
         if options.system is None and not self.checkpoint.usual_system:
             warnings.warn("the chat template has another system turn; give it as system (--system TEXT)", stacklevel=2)
         return View(patches, keep, groups, S, source, options.system, len(before))

@@ -114,13 +114,15 @@ def patchify(X_v: Tensor, patch_size: int = 14, merge: int = 2) -> Tensor:
     return group_order(grid.permute(0, 1, 3, 5, 2, 4), merge)
 
 
-def packed_patches(image: Image.Image, keep: Tensor, config: VisionConfig, image_config: ImageConfig) -> Tensor:
-    """X~_v: the kept patches of an RGB image, normalised, the image standing for both frames of its moment. keep (1,
-    grid_h, grid_w) bool also sets the input size, grid * 14 pixels. Returns (N', 3 * 2 * p * p) float32. Pillow's
-    bicubic filter is part of the model: other resamplers move pixels by up to 23 levels."""
-    height, width = (side * config.patch_size for side in keep.shape[1:])
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    X_v = torch.from_numpy(np.array(image))[None]  # (1, H, W, 3) uint8
+def pixels(image: Image.Image, height: int, width: int) -> Tensor:
+    """X_v of an RGB image, (1, H, W, 3) uint8. Pillow's bicubic filter is part of the model: other resamplers move
+    pixels by up to 23 levels."""
+    return torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.BICUBIC)))[None]
+
+
+def packed_patches(X_v: Tensor, keep: Tensor, config: VisionConfig, image_config: ImageConfig) -> Tensor:
+    """X~_v: the kept patches, normalised; the image stands for both frames of its moment. X_v (1, H, W, 3) uint8, keep
+    (1, grid_h, grid_w) bool; returns (N', 3 * 2 * p * p) float32."""
     patches = patchify(X_v, config.patch_size, config.spatial_merge_size)
     patches = pack(patches, group_order(keep, config.spatial_merge_size))  # Eq. 7
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (image_config.image_mean, image_config.image_std))

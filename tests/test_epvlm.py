@@ -33,7 +33,7 @@ import hub
 import tiny
 import weights
 from epvlm import EPVLM, Options, Sampling, main
-from events import RULES, EventMap, read_events, resize
+from events import RULES, EventMap, novelty, read_events, resize, worth
 from fuzz import READERS, fuzz
 from oracles import group_rows
 from strategies import SPARSITIES, XYTP
@@ -201,7 +201,9 @@ def test_a_view_keeps_the_patches_of_the_cells_its_rule_keeps(checkpoint, size, 
     H, W = (14 * side for side in dense.keep.shape[1:])
     cells = np.abs(resize(E_v, H, W)).reshape(view.S.shape[1], -1, view.S.shape[2], W // view.S.shape[2])
     assert np.array_equal(view.S[0], cells.sum(axis=(1, 3)))  # Eq. 5
-    mask = RULES[rule](view.S, 1 - sparsity)  # Eq. 6
+    side = W // view.S.shape[2]
+    w = worth(view.S, novelty(np.asarray(image.resize((W, H), Image.Resampling.BICUBIC))[None], side))
+    mask = RULES[rule](w if rule == "cover" else view.S, 1 - sparsity)  # Eq. 6
     assert np.array_equal(view.keep, np.kron(mask, np.ones((1, 2, 2))) if cell == "group" else mask)
     assert np.array_equal(view.groups, view.keep.numpy().reshape(1, H // 28, 2, W // 28, 2).any(axis=(2, 4)))
     assert torch.equal(view.patches, dense.patches[group_rows(view.keep)])  # Eq. 7
@@ -486,7 +488,7 @@ def test_what_is_too_long_is_refused_with_what_brings_it_under(shipped, monkeypa
 
     monkeypatch.setattr(weights, "free_memory", lambda device: free)
     with monkeypatch.context() as patched:
-        patched.setattr(epvlm, "packed_patches", lambda *_: pytest.fail("worked"))
+        patched.setattr(epvlm, "pixels", lambda *_: pytest.fail("worked"))
         with pytest.raises(ValueError, match=f"^{tokens} tokens of the image and 21 of text exceed {over}") as caught:
             look(10**7)
     pixels, sparsity = re.search(REMEDY, str(caught.value)).groups()
