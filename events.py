@@ -7,12 +7,13 @@ Glossary
     E_v              event map: events of a time window by pixel, (height, width) of the sensor, then resized, (T, H, W)
     cell             what the mask decides on: a group, 28 x 28 pixels (the default), or a patch, 14 x 14
     S                (T, cells_h, cells_w), Eq. 5: motion of each cell, in the unit of `resize`; T = 1 for a still image
+    G, w             of the same shape: novelty of each cell in the image, and its worth; ours, not the paper's
     tau              fraction kept, as in Eq. 6; `sparsity` = 1 - tau is the fraction dropped, as in Table 1
     M                (T, cells_h, cells_w) bool, Eq. 6's M_v^E: True keeps, False drops
 
 What differs from the paper: events are counted whatever their polarity unless asked otherwise (signed sums cancel where
 a pixel flickers), and ties at the quantile are broken so that the budget is met. Most cells of a real map hold no event
-at all; the quantile is then 0, and Eq. 6 as printed keeps every cell.
+at all; the quantile is then 0, and Eq. 6 as printed keeps every cell. The rule `cover`, which comes last, is ours.
 """
 
 import math
@@ -267,8 +268,8 @@ def check_hot(E_v: np.ndarray, name: str) -> np.ndarray:
 
 def mend(E_v: np.ndarray) -> np.ndarray:
     """E_v with hot pixels, those over 10 times the median of the active ones, cut to their largest neighbour."""
-    count = np.abs(E_v)
-    padded = np.pad(count, 1)
+    E_v = E_v.astype(np.float64)
+    count, padded = np.abs(E_v), np.pad(np.abs(E_v), 1)
     places = [(row, column) for row in range(3) for column in range(3) if (row, column) != (1, 1)]
     around = np.max([padded[r : r + E_v.shape[0], c : c + E_v.shape[1]] for r, c in places], axis=0)
     hot = count > 10 * np.median(count[count > 0]) if count.any() else False

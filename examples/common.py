@@ -1,5 +1,5 @@
-"""What the scripts of this folder share: the way to the modules of the root, files written whole, and the interval of
-a share. Every script imports it before it imports those modules.
+"""What the scripts of this folder share: the way to the modules of the root, files written whole, and the intervals of
+shares. Every script imports it before it imports those modules.
 """
 
 import contextlib
@@ -72,3 +72,14 @@ def accuracy(by_scene: list[tuple[int, int]]) -> str:
     middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
     low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
     return f"{100 * p:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+
+
+def difference(ours: list[tuple[int, int]], other: list[tuple[int, int]]) -> str:
+    """Points by which ours is ahead of the other, with the 95 % interval, "+2.1 [+1.0, +3.2]", from (right, asked) of
+    each scene, in the same order. It is paired by scene: what makes a scene hard for both does not count."""
+    n, ahead = sum(asked for _, asked in ours), [a - b for (a, _), (b, _) in zip(ours, other, strict=True)]
+    if not n:
+        return "none asked"
+    share = sum(ahead) / n
+    half = 1.96 * sum((a - share * asked) ** 2 for a, (_, asked) in zip(ahead, ours, strict=True)) ** 0.5 / n
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in (share, share - half, share + half)))

@@ -1,44 +1,54 @@
 """Which patches to keep? Accuracy of the tiny Qwen2-VL on held-out scenes, by how the kept groups are chosen.
 
-    python examples/evidence.py                    2,000 questions and more, a few minutes
+    python examples/evidence.py                    2,000 questions and more, some minutes
     python examples/evidence.py --questions 200    fewer
 
-The table goes to standard output, as Markdown. The selectors keep the same number of groups of 28 x 28 pixels, with
-three exceptions: literal Eq. 6 also keeps what ties, 14-pixel cells keep every group with a patch that is kept, and a
-smaller image has the largest grid of at most so many groups that stretches the image by at most 1.5.
+The tables go to standard output, as Markdown. The selectors keep the same number of groups of 28 x 28 pixels, with
+three exceptions: Eq. 6 as printed also keeps what ties, 14-pixel cells keep every group with a patch that is kept, and
+a smaller image has the largest grid of at most so many groups that stretches the image by at most 1.5.
 
 Columns
     moving, still    correct answers of a hundred, to questions about moving and about still things, with the 95 %
                      interval (see `accuracy` in common.py)
     how many, all    the same, to questions that count, to which all things matter; and to all questions
+    small, large     all questions about frames whose smaller side has four groups, and six or more
     tokens           visual tokens in the prompt, mean
     MFLOPs           up to the first token of the answer, attention included, mean
-    ms               processor time of one question alone, one thread: mask, packing, transformer, first token; median
+    ms               processor time of one question alone, one thread: mask, packing, transformer, decoder; median
+
+A difference is paired: both rules answered the same questions. `difference` in common.py says how its interval is made.
 """
 
 import math
 import sys
 import time
+import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 import scenes
 from camera import CameraOptions
-from common import TINY, Parser, accuracy, exit_status
-from epvlm import EPVLM, Options, Sampling, View
-from events import Events, budget
+from common import TINY, Parser, accuracy, difference, exit_status
+from epvlm import EPVLM, Options, View
+from events import EventMap, Events, budget, budget_mask, novelty
+from rope2d import rotate
 from train_tiny import score
+from vit import Attention
 
 SPARSITIES = (0.3, 0.5, 0.7, 0.9)
 QUESTIONS = 8  # of a scene, at most
 TIMED = 20  # scenes
+HOT, TIMES = 20, 2000  # pixels that fire without a cause, and how often each
+SHIFT = 0.05  # of the frame's sides
 
 
 @dataclass
@@ -60,16 +70,21 @@ class Sample:
         return budget(self.image.height // 28 * (self.image.width // 28), 1 - sparsity)
 
 
+@dataclass(frozen=True, eq=False)
+class Pruned(View):
+    """What a rule keeps that looks at the transformer's output: `patches` and `keep` are all, `groups` are fewer."""
+
+    H_v: Tensor | None = None  # (1, groups kept, hidden_size)
+
+
 def dense(model: EPVLM, sample: Sample, sparsity: float) -> View:
     return model.look(sample.image)
 
 
-def events(model: EPVLM, sample: Sample, sparsity: float, **options) -> View:
-    return model.look(sample.image, sample.events, Options(sparsity, sensor=sample.image.size, **options))
-
-
-def noisy(model: EPVLM, sample: Sample, sparsity: float) -> View:
-    return events(model, replace(sample, events=sample.noisy), sparsity)
+def events(model: EPVLM, sample: Sample, sparsity: float, recording=None, **options) -> View:
+    """By the scene's events, or by another recording of it; `rule` exact unless the options say otherwise."""
+    recording = sample.events if recording is None else recording
+    return model.look(sample.image, recording, Options(sparsity, sensor=sample.image.size, **options))
 
 
 def without_eq8(model: EPVLM, sample: Sample, sparsity: float) -> View:
@@ -86,19 +101,50 @@ def recomputed(model: EPVLM, sample: Sample, sparsity: float) -> View:
     return replace(view, groups=view.keep[:, ::2, ::2])
 
 
+def by_map(model: EPVLM, sample: Sample, sparsity: float, values: np.ndarray) -> View:
+    """By any numbers in the place of E_v."""
+    return model.look(sample.image, EventMap(values), Options(sparsity))
+
+
 def random(model: EPVLM, sample: Sample, sparsity: float) -> View:
-    chance = np.random.default_rng((sample.seed, 1)).random(sample.shape)
-    return model.look(sample.image, chance, Options(sparsity))  # any map can stand in the place of E_v
+    return by_map(model, sample, sparsity, np.random.default_rng((sample.seed, 1)).random(sample.shape))
 
 
 def spread(model: EPVLM, sample: Sample, sparsity: float) -> View:
-    equal = np.ones(sample.shape)  # all tie: the evenly spread order decides
-    return model.look(sample.image, equal, Options(sparsity))
+    return by_map(model, sample, sparsity, np.ones(sample.shape))  # all tie: the evenly spread order decides
 
 
 def gradient(model: EPVLM, sample: Sample, sparsity: float) -> View:
     down, right = np.gradient(np.asarray(sample.image.convert("L"), dtype=np.float64))
-    return model.look(sample.image, np.hypot(down, right), Options(sparsity))
+    return by_map(model, sample, sparsity, np.hypot(down, right))
+
+
+def redundancy(model: EPVLM, sample: Sample, sparsity: float) -> View:
+    """PixelPrune's idea: what differs least from its left or upper neighbour goes first."""
+    return by_map(model, sample, sparsity, novelty(np.asarray(sample.image)[None], 28)[0])
+
+
+def uncovered(model: EPVLM, sample: Sample, sparsity: float) -> View:
+    return model.look(sample.image, None, Options(sparsity, rule="cover"))
+
+
+@torch.inference_mode()
+def attention(model: EPVLM, sample: Sample, sparsity: float) -> View:
+    """FoPru's idea: the whole transformer runs; what its last layer attends to most stays."""
+    view, given = dense(model, sample, sparsity), []
+    hook = model.vit.blocks[-1].attn.register_forward_pre_hook(lambda _, inputs: given.extend(inputs))
+    H_v = model.vit(view.patches[None], view.keep)
+    hook.remove()
+    by_group = received(model.vit.blocks[-1].attn, *given).view(*view.groups.shape, -1).sum(dim=-1)
+    groups = torch.from_numpy(budget_mask(by_group.numpy(), 1 - sparsity))
+    return Pruned(**vars(replace(view, groups=groups)), H_v=H_v[:, groups.flatten()])
+
+
+def received(layer: Attention, z: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Attention that each patch gets from all patches in all heads, (N,)."""
+    q, k, _ = layer.qkv(z).unflatten(-1, (3, layer.num_heads, -1)).unbind(-3)  # each (1, N, heads, head_dim)
+    scores = torch.einsum("bqhd,bkhd->bhqk", rotate(q, cos, sin), rotate(k, cos, sin))
+    return (scores * q.shape[-1] ** -0.5).softmax(dim=-1).sum(dim=(0, 1, 2))
 
 
 def smaller(model: EPVLM, sample: Sample, sparsity: float) -> View:
@@ -116,18 +162,60 @@ def shrunk(height: int, width: int, groups: int) -> tuple[int, int]:
     return 28 * h, 28 * w
 
 
+def hot(sample: Sample) -> Events:
+    """The recording with some pixels that fire all the time."""
+    seen, rng, (height, width) = sample.events, np.random.default_rng((sample.seed, 2)), sample.shape
+    y, x = np.divmod(rng.choice(height * width, HOT, replace=False).repeat(TIMES), width)
+    t, p = rng.uniform(*seen.span, len(x)), rng.integers(0, 2, len(x))
+    columns = ((seen.x, x), (seen.y, y), (seen.t, t), (seen.p, p))
+    return Events(*(np.concatenate(pair) for pair in columns), "with hot pixels")
+
+
+def shifted(sample: Sample) -> Events:
+    """The recording of a camera that points further up and left: all events lie further down and right."""
+    seen, (height, width) = sample.events, sample.shape
+    x, y = seen.x.astype(int) + round(SHIFT * width), seen.y.astype(int) + round(SHIFT * height)
+    inside = (x < width) & (y < height)
+    return Events(x[inside], y[inside], seen.t[inside], seen.p[inside], "shifted")
+
+
+def mirrored(sample: Sample) -> Events:
+    return replace(sample.events, x=sample.shape[1] - 1 - sample.events.x.astype(int))
+
+
+def faulty(model: EPVLM, sample: Sample, sparsity: float, fault: Callable[[Sample], Events], **options) -> View:
+    return events(model, sample, sparsity, fault(sample), **options)
+
+
 SELECTORS: dict[str, Callable] = {  # of model, sample and sparsity; a rule of one's own goes here
-    "events (ours)": events,
-    "events, noisy camera": noisy,
-    "events, literal Eq. 6": partial(events, rule="literal"),
-    "events, 14 px cells": partial(events, cell="patch"),
-    "events, without Eq. 8": without_eq8,
-    "events, positions recomputed": recomputed,
+    "Eq. 6": events,
+    "Eq. 6, as printed": partial(events, rule="literal"),
+    "Eq. 6, 14 px cells": partial(events, cell="patch"),
+    "Eq. 6, without Eq. 8": without_eq8,
+    "Eq. 6, positions recomputed": recomputed,
+    "cover": partial(events, rule="cover"),
+    "cover, without events": uncovered,
+    "pixel redundancy": redundancy,
+    "attention received": attention,
     "image gradient": gradient,
     "evenly spread": spread,
     "random": random,
     "smaller image, dense": smaller,
 }
+FAULTS: dict[str, dict] = {  # of the recording; the arguments of `faulty`
+    "none": {"fault": lambda sample: sample.events},
+    "noisy camera": {"fault": lambda sample: sample.noisy},
+    f"{HOT} hot pixels": {"fault": hot},
+    f"{HOT} hot pixels, mended": {"fault": hot, "hot_pixels": "mend"},
+    f"shifted by {SHIFT:.0%}": {"fault": shifted},
+    "mirrored": {"fault": mirrored},
+}
+FAULTY = {  # the rules they happen to
+    (fault, name): partial(faulty, rule=rule, **given)
+    for fault, given in FAULTS.items()
+    for name, rule in (("Eq. 6", "exact"), ("cover", "cover"))
+}
+COMPARED = ("Eq. 6", *list(SELECTORS)[6:])  # with `cover`; they have as many tokens as it, or fewer
 
 
 @dataclass
@@ -145,6 +233,10 @@ COLUMNS: dict[str, Callable[[scenes.Question], bool]] = {
     "still": lambda question: question.kind != "count" and not question.moving,
     "how many": lambda question: question.kind == "count",
     "all": lambda question: True,
+}
+FRAMES: dict[str, Callable[[Sample], bool]] = {  # all questions about some of the scenes
+    "small": lambda sample: min(sample.shape) // 28 == 4,
+    "large": lambda sample: min(sample.shape) // 28 >= 6,
 }
 
 
@@ -170,7 +262,7 @@ def samples(count: int) -> Iterator[Sample]:
 @torch.inference_mode()
 def answers(model: EPVLM, view: View, questions: list[scenes.Question]) -> list[bool]:
     """Whether each of the questions about a view is answered correctly."""
-    H_v = model.vit(view.patches[None], view.keep)
+    H_v = view.H_v if isinstance(view, Pruned) else model.vit(view.patches[None], view.keep)
     return score(model, H_v, view.groups, questions)[1].tolist()
 
 
@@ -181,15 +273,17 @@ def examine(model: EPVLM, choose: Callable, sample: Sample, sparsity: float, tal
     for name, belongs in COLUMNS.items():
         known = [ok for question, ok in zip(sample.questions, right, strict=True) if belongs(question)]
         tally.right[name].append((sum(known), len(known)))
+    for name, belongs in FRAMES.items():
+        tally.right[name].append((sum(right), len(right)) if belongs(sample) else (0, 0))
     tally.flops.append(model.flops(view, sample.questions[0].text)[0])
-    tally.tokens.append(int(view.groups.sum()))
+    tally.tokens.append(view.tokens)
     return right
 
 
 def clock(model: EPVLM, choose: Callable, sample: Sample, sparsity: float) -> float:
-    """Processor seconds from image and events to the first token of an answer."""
+    """Processor seconds from image and events to one answer, read in one pass."""
     start = time.process_time()
-    next(model.tokens(choose(model, sample, sparsity), sample.questions[0].text, Sampling(max_new_tokens=1)))
+    answers(model, choose(model, sample, sparsity), sample.questions[:1])
     return time.process_time() - start
 
 
@@ -212,17 +306,44 @@ def guesses(questions: list[scenes.Question], seen: list[scenes.Question]) -> li
     return shares
 
 
-def table(tallies: dict[tuple[float, str], Tally], guessed: list[str]) -> str:
-    """Markdown: a row for each tally, and one for guessing."""
-    lines = [
-        f"| sparsity | groups chosen by | {' | '.join(COLUMNS)} | tokens | MFLOPs | ms |",
-        "|---" * (5 + len(COLUMNS)) + "|",
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [list(head), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def tables(tallies: dict[tuple, Tally], guessed: list[str]) -> Iterator[str]:
+    """Right answers by sparsity; how `cover` differs; what a faulty recording does; the costs."""
+    columns = (*COLUMNS, *FRAMES)
+    for sparsity in SPARSITIES:
+        rows = [[name, *(accuracy(tallies[sparsity, name].right[which]) for which in columns)] for name in SELECTORS]
+        yield f"Right answers at sparsity {sparsity:g}:\n\n" + markdown(["groups chosen by", *columns], rows)
+    whole = tallies[0, "dense"]
+    rows = [["dense", *(accuracy(whole.right[which]) for which in columns)], ["guessing", *guessed, "", ""]]
+    yield "Right answers with nothing dropped, and without an image:\n\n" + markdown(["", *columns], rows)
+    rows = []
+    for sparsity, name in product(SPARSITIES, COMPARED):
+        pairs = (tallies[sparsity, name].right[which] for which in columns)
+        ours = (tallies[sparsity, "cover"].right[which] for which in columns)
+        rows.append([f"{sparsity:g}", name, *(difference(*pair) for pair in zip(ours, pairs, strict=True))])
+    yield "Points that cover is ahead of other rules:\n\n" + markdown(["sparsity", "other rule", *columns], rows)
+    rows = [
+        [*fault, *(accuracy(tallies[sparsity, fault].right[which]) for sparsity in SPARSITIES[1:])]
+        for which in ("moving", "all")
+        for fault in FAULTY
     ]
-    for (sparsity, name), tally in tallies.items():
-        cells = [f"{sparsity:g}", name, *(accuracy(tally.right[which]) for which in COLUMNS)]
-        cells += [f"{np.mean(tally.tokens):.1f}", f"{np.mean(tally.flops) / 1e6:.0f}"]
-        lines.append("| " + " | ".join([*cells, f"{1e3 * np.median(tally.seconds):.1f}"]) + " |")
-    return "\n".join([*lines, "| 1 | none: guessing | " + " | ".join(guessed) + " | 0 | | |"])
+    half = len(rows) // 2
+    for which, some in (("moving things", rows[:half]), ("all questions", rows[half:])):
+        head = ["fault of the recording", "rule", *(f"{sparsity:g}" for sparsity in SPARSITIES[1:])]
+        yield f"Right answers to {which} by sparsity, when something is wrong:\n\n" + markdown(head, some)
+    rows = [[name, *(cost(tallies[sparsity, name]) for sparsity in SPARSITIES)] for name in SELECTORS]
+    head = ["groups chosen by", *(f"{sparsity:g}" for sparsity in SPARSITIES)]
+    yield f"Tokens / MFLOPs / ms by sparsity; dense {cost(whole)}:\n\n" + markdown(head, rows)
+
+
+def cost(tally: Tally) -> str:
+    seconds = 1e3 * np.median(tally.seconds)
+    return f"{np.mean(tally.tokens):.1f} / {np.mean(tally.flops) / 1e6:.0f} / {seconds:.1f}"
 
 
 def kinds(questions: list[scenes.Question], right: list[bool]) -> str:
@@ -238,15 +359,17 @@ def run(count: int, checkpoint: str | Path) -> None:
         raise ValueError(f"questions {count}: give 1 or more")
     torch.set_num_threads(1)
     model = EPVLM.from_pretrained(checkpoint, device="cpu")
-    rows = {(0.0, "all of them: dense"): dense}
+    rows = {(0, "dense"): dense}
     rows |= {(sparsity, name): choose for sparsity in SPARSITIES for name, choose in SELECTORS.items()}
+    rows |= {(sparsity, fault): choose for sparsity in SPARSITIES[1:] for fault, choose in FAULTY.items()}
     tallies, questions, right = {row: Tally() for row in rows}, [], []
     for number, sample in enumerate(samples(count), 1):
         for (sparsity, name), choose in rows.items():
-            known = examine(model, choose, sample, sparsity, tallies[sparsity, name])
-            right += known if sparsity == 0 else []
-            if number <= TIMED:
-                tallies[sparsity, name].seconds.append(clock(model, choose, sample, sparsity))
+            with warnings.catch_warnings(action="ignore"):  # of hot pixels
+                known = examine(model, choose, sample, sparsity, tallies[sparsity, name])
+                right += known if sparsity == 0 else []
+                if number <= TIMED and name in (*SELECTORS, "dense"):
+                    tallies[sparsity, name].seconds.append(clock(model, choose, sample, sparsity))
         questions += sample.questions
         if sys.stderr.isatty():
             bar = "#" * min(40, 40 * len(questions) // count)
@@ -254,9 +377,9 @@ def run(count: int, checkpoint: str | Path) -> None:
     if sys.stderr.isatty():
         print("\033[K", end="", file=sys.stderr)
     asked = ", ".join(f"{sum(map(belongs, questions))} {name}" for name, belongs in COLUMNS.items())
-    print(f"Questions about {number} held-out scenes: {asked}.\nDense, right: {kinds(questions, right)}.\n")
+    print(f"Questions about {number} held-out scenes: {asked}.\nDense, right: {kinds(questions, right)}.")
     seen = [q for seed in range(scenes.TRAIN, scenes.TRAIN + 500) for q in chosen(scenes.scene(seed), seed)]
-    print(table(tallies, guesses(questions, seen)))
+    print(*("", *tables(tallies, guesses(questions, seen))), sep="\n\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,7 @@ import math
 import sys
 import time
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,12 +103,11 @@ class Cost(NamedTuple):
     whole: float  # seconds to the last
 
 
-def look(model: EPVLM, image, events, options: Options) -> Look:
+def look(model: EPVLM, name: str, image, events, options: Options) -> Look:
     start = time.perf_counter()
     try:
         view = model.look(image, events, options)
     except ValueError as error:
-        name = "dense" if events is None else "packed"  # a recording without events is falsy
         raise ValueError(f"the {name} answer: {error}") from None
     return Look(view, time.perf_counter() - start)
 
@@ -160,13 +160,15 @@ def run_picture(args: argparse.Namespace) -> None:
 
 def run_compare(args: argparse.Namespace) -> None:
     options, sampling = chosen(args, Options), chosen(args, Sampling)
-    if args.events == "none":
-        raise ValueError("compare needs events; give a recording or an event map")
+    if args.events == "none" and options.rule != "cover":
+        raise ValueError("compare needs events, or the rule cover; give a recording or an event map")
     with warnings_as_lines("figures"):
-        image, events = read_image(args.image), read_events(args.events, options.order, options.time_unit)
+        image = read_image(args.image)
+        events = None if args.events == "none" else read_events(args.events, options.order, options.time_unit)
         model = load(args)
         warm_up(model, args.question)
-        dense, packed = (look(model, image, given, options) for given in (None, events))
+        dense = look(model, "dense", image, None, replace(options, rule="exact"))
+        packed = look(model, "packed", image, events, options)
     print(compare(model, dense, packed, args.question, sampling), file=sys.stderr)
 
 

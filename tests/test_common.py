@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from common import ROOT, accuracy, check_output, warnings_as_lines, write_whole
+from common import ROOT, accuracy, check_output, difference, warnings_as_lines, write_whole
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,22 @@ from common import ROOT, accuracy, check_output, warnings_as_lines, write_whole
 )
 def test_accuracy_comes_with_its_interval(scenes, expected):
     assert accuracy(scenes) == expected
+
+
+@pytest.mark.parametrize(
+    "ours, other, expected",
+    [
+        ([], [], "none asked"),
+        ([(0, 0)], [(0, 0)], "none asked"),
+        ([(8, 8), (0, 8)], [(8, 8), (0, 8)], "+0.0 [+0.0, +0.0]"),  # whatever the scenes differ in
+        ([(1, 1)] * 100, [(1, 1)] * 80 + [(0, 1)] * 20, "+20.0 [+12.2, +27.8]"),  # 1.96 sqrt(0.2 * 0.8 / 100)
+        ([(1, 1)] * 80 + [(0, 1)] * 20, [(1, 1)] * 100, "-20.0 [-27.8, -12.2]"),
+        ([(8, 8)] * 100, [(8, 8)] * 80 + [(0, 8)] * 20, "+20.0 [+12.2, +27.8]"),  # alike in a scene: they count once
+        ([(1, 2), (0, 0)], [(0, 2), (0, 0)], "+50.0 [+50.0, +50.0]"),  # a scene of which nothing was asked
+    ],
+)
+def test_differences_are_paired(ours, other, expected):
+    assert difference(ours, other) == expected
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):

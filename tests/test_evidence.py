@@ -1,18 +1,38 @@
 """What the evidence says of each way to choose the groups, and how it is counted."""
 
 import math
+import re
 import subprocess
 import sys
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 import evidence
 import scenes
 from common import TINY
 from epvlm import EPVLM
-from evidence import SELECTORS, SPARSITIES, Sample, guesses, samples, shrunk
+from events import budget_mask, motion
+from evidence import (
+    COMPARED,
+    FAULTS,
+    FAULTY,
+    HOT,
+    SELECTORS,
+    SPARSITIES,
+    TIMES,
+    Sample,
+    dense,
+    guesses,
+    hot,
+    received,
+    samples,
+    shrunk,
+)
+from rope2d import cos_sin, rotate
 
 
 @pytest.fixture(scope="module")
@@ -24,30 +44,32 @@ def held_out(count: int) -> list[Sample]:
     return list(islice(samples(10**6), count))
 
 
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.filterwarnings("ignore:.*20 pixels hold")
+@pytest.mark.parametrize("name", [*SELECTORS, *FAULTY])
 def test_selectors_keep_the_budget_they_say(model, name):
     for made in held_out(6):
         groups = made.image.height * made.image.width // 784
         kept = []
         for sparsity in SPARSITIES:
-            view = SELECTORS[name](model, made, sparsity)
+            view = (SELECTORS | FAULTY)[name](model, made, sparsity)
             budget = groups - math.ceil(round(sparsity * (groups - 1), 9))
             kept.append(int(view.groups.sum()))
             assert made.budget(sparsity) == budget
-            if "literal" in name or "14 px" in name:
+            if name in ("Eq. 6, as printed", "Eq. 6, 14 px cells"):
                 assert kept[-1] >= budget
-            elif "smaller" in name:
+            elif name == "smaller image, dense":
                 assert budget - 3 <= kept[-1] <= budget and view.groups.all()
             else:
                 assert kept[-1] == budget
                 assert view.groups.shape == (1, made.image.height // 28, made.image.width // 28)
             assert len(view.patches) == view.keep.sum()
+            assert len(view.patches) == 4 * groups if name == "attention received" else True
         assert kept == sorted(kept, reverse=True)
 
 
 def test_recomputed_positions_are_the_same_patches_elsewhere(model):
     (made,) = held_out(1)
-    names = ("events (ours)", "events, positions recomputed", "events, without Eq. 8")
+    names = ("Eq. 6", "Eq. 6, positions recomputed", "Eq. 6, without Eq. 8")
     ours, moved, without = (SELECTORS[name](model, made, 0.5) for name in names)
     (ids, here), (_, elsewhere), (_, same) = (model.prompt(view, "") for view in (ours, moved, without))
     count, image = int(ours.groups.sum()), ids == model.image_pad
@@ -93,15 +115,66 @@ def test_guessing_is_by_the_form_of_the_question():
     assert guesses(told[2:3], told) == ["0.0", "none asked", "none asked", "0.0"]  # what was seen most often is wrong
 
 
-def test_the_evidence_is_a_whole_table(tmp_path):
+def test_the_evidence_is_whole_tables(tmp_path):
     command = [sys.executable, evidence.__file__, "--questions", "10"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stderr == ""
-    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert len(rows) == 2 + 1 + len(SPARSITIES) * len(SELECTORS) + 1
-    assert len({row.count("|") for row in rows}) == 1
-    dense, half = (
-        next(row for row in rows if row.startswith(start)) for start in ("| 0 | all", "| 0.5 | events (ours)")
+    *right, ahead, moving, everything, costs = re.findall(
+        r"\n\n([^|\n]*):\n\n(\|.*?)(?=\n\n|$)", done.stdout, re.DOTALL
     )
-    tokens, flops = zip(*(map(float, row.split("|")[7:9]) for row in (dense, half)), strict=True)
-    assert tokens[1] < 0.6 * tokens[0] and flops[1] < flops[0] * tokens[1] / tokens[0] * 1.1
+    assert len(right) == len(SPARSITIES) + 1
+    sizes = [len(SELECTORS)] * len(SPARSITIES) + [2, len(SPARSITIES) * len(COMPARED), len(FAULTY), len(FAULTY)]
+    for (_, table), size in zip((*right, ahead, moving, everything, costs), [*sizes, len(SELECTORS)], strict=True):
+        head, _, *rows = table.splitlines()
+        assert len(rows) == size and {row.count("|") for row in rows} == {head.count("|")}
+    dense = [float(word) for word in costs[0].split("dense ")[1].split(" / ")]
+    cells = {row.split(" | ")[0][2:]: row.split(" | ")[2].split(" / ") for row in costs[1].splitlines()[2:]}
+    half, late = ([float(word) for word in cells[name]] for name in ("cover", "attention received"))  # at 0.5
+    assert half[0] < 0.6 * dense[0] and half[1] < dense[1] * half[0] / dense[0] * 1.1
+    assert late[0] == half[0] and late[1] > 0.8 * dense[1]  # its cost is the whole transformer's
+
+
+def test_attention_received(model):
+    """By torch's own attention, with the identity for values: its output is then the attention itself."""
+    (made,) = held_out(1)
+    layer = model.vit.blocks[-1].attn
+    z, angles = (
+        torch.randn(1, 20, layer.proj.in_features),
+        torch.rand(20, layer.proj.in_features // layer.num_heads // 2),
+    )
+    rope = cos_sin(angles)
+    with torch.inference_mode():
+        q, k, _ = layer.qkv(z).unflatten(-1, (3, layer.num_heads, -1)).unbind(-3)
+        q, k = (rotate(x, *rope).transpose(1, 2) for x in (q, k))
+        expected = scaled_dot_product_attention(q, k, torch.eye(20).expand(1, layer.num_heads, 20, 20)).sum((0, 1, 2))
+        torch.testing.assert_close(received(layer, z, *rope), expected)
+        view, whole = SELECTORS["attention received"](model, made, 0.7), dense(model, made, 0)
+        tokens = model.vit(whole.patches[None], whole.keep)[:, view.groups.flatten()]
+        assert torch.equal(view.H_v, tokens)
+
+
+def test_faults_of_a_recording():
+    for made in held_out(3):
+        (height, width), seen = made.shape, made.events
+        E_v = seen.align((width, height)).accumulate()
+        wrong = {name: given["fault"](made).align((width, height)) for name, given in FAULTS.items()}
+        with pytest.warns(UserWarning, match="20 pixels hold"):
+            fired = wrong["20 hot pixels"].accumulate() - E_v
+        assert sorted(fired[fired > 0].tolist()) == [TIMES] * HOT
+        assert np.array_equal(wrong["mirrored"].accumulate(), E_v[:, ::-1])
+        down, right = round(0.05 * height), round(0.05 * width)
+        assert np.array_equal(wrong["shifted by 5%"].accumulate()[down:, right:], E_v[:-down, :-right])
+        assert len(wrong["noisy camera"]) > len(seen)
+
+
+def test_mending_finds_hot_pixels_and_leaves_others():
+    """What the option is for: nearly the mask without them, and the same where there are none."""
+    overlap = []
+    for made in held_out(20):
+        (height, width), bad = made.shape, hot(made)
+        E_v, mended = (x.align((width, height)).accumulate("count", "mend") for x in (made.events, bad))
+        assert np.array_equal(E_v, made.events.align((width, height)).accumulate())
+        for sparsity in (0.5, 0.7, 0.9):
+            right, ours = (budget_mask(motion(each[None], 28), 1 - sparsity) for each in (E_v, mended))
+            overlap.append((right & ours).sum() / (right | ours).sum())
+    assert np.mean(overlap) > 0.97

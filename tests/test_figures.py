@@ -196,7 +196,9 @@ def test_seconds_spent_on_looking_count(checkpoint, monkeypatch):
     clock, costs = itertools.count(), []
     monkeypatch.setattr(figures.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(figures, "table", lambda *both: costs.extend(both) or "")
-    looks = [figures.look(checkpoint.model, Image.new("RGB", (112, 84), "red"), None, Options()) for _ in range(2)]
+    looks = [
+        figures.look(checkpoint.model, "dense", Image.new("RGB", (112, 84), "red"), None, Options()) for _ in range(2)
+    ]
     assert [look.seconds for look in looks] == [1, 1]
     looks[1] = looks[1]._replace(seconds=100)
     figures.compare(checkpoint.model, *looks, QUESTION, Sampling(max_new_tokens=2))
@@ -211,7 +213,7 @@ def test_an_error_in_the_middle_of_an_answer_ends_its_line(checkpoint, capsys, m
         raise ValueError("not finite")
 
     monkeypatch.setattr(EPVLM, "tokens", half)
-    dense = figures.look(model, image, None, Options())
+    dense = figures.look(model, "dense", image, None, Options())
     with pytest.raises(ValueError, match="not finite"):
         figures.compare(model, dense, dense, QUESTION, Sampling())
     assert capsys.readouterr().out == "half\n"
@@ -250,8 +252,14 @@ def test_a_dense_answer_without_room_is_refused_before_the_packed_one(files, cap
     assert out == [] and line.startswith("figures: error: the dense answer: ") and "max_pixels" in line
 
 
-def test_a_recording_without_events_is_the_packed_answer_s(checkpoint):
-    empty, thin = read_events(np.zeros((0, 4))), Image.new("RGB", (1, 500))
-    for events, name in ((empty, "packed"), (None, "dense")):
-        with pytest.raises(ValueError, match=f"^the {name} answer: an image of 1 x 500"):
-            figures.look(checkpoint.model, thin, events, Options())
+def test_an_error_says_which_answer_it_is_of(checkpoint):
+    with pytest.raises(ValueError, match=r"^the packed answer: an image of 1 x 500"):
+        figures.look(checkpoint.model, "packed", Image.new("RGB", (1, 500)), None, Options())
+
+
+def test_no_events_but_the_rule_that_covers(files, capsys):
+    """The dense answer is then still dense."""
+    assert main(["compare", "image.png", "none", *COMPARE[3:], "--rule", "cover"]) == 0
+    _, err = capsys.readouterr()
+    dense, packed = (f"kept {n} of 48 patches ({n // 4} of 12 tokens), no events" for n in (48, 24))
+    assert dense in err and packed in err
