@@ -37,10 +37,11 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 import weights
-from events import MICROSECONDS, RULES, budget, motion, need, novelty, read_events, resize, worth
+from events import MICROSECONDS, RULES, budget, motion, need, novelty, read_events, resize, summary, worth
 from llm import SYSTEM, KVCache, generate, mrope_positions, prompt_ids, sampler
-from vit import packed_patches, pixels, read_image, smart_resize
+from vit import Clip, packed_patches, read_image, smart_resize
 
+FRAME_PIXELS = 100352, 602112  # of a clip's frame, at least and at most, as in Qwen2VLVideoProcessor
 GROUNDING = {f"<|{name}_{side}|>" for name in ("object_ref", "box", "quad") for side in ("start", "end")}
 ORDERS = tuple(map("".join, permutations("xytp")))
 NO_QUESTION = "no question; give one after the events, or one a line on standard input"
@@ -117,6 +118,7 @@ class View:
     source: str  # where the mask comes from, such as "37142 events in 20.0 ms"
     system: str | None  # the system turn, see Options
     start: int  # how many tokens of the prompt stand before the image's
+    pad: int  # the token that stands for each group: that of an image, or of a clip
     cache: KVCache | None = None  # keys and values of all that stands before the question, once `EPVLM.read`
 
     def __str__(self) -> str:
@@ -135,7 +137,7 @@ class EPVLM:
         self.checkpoint, self.vit, self.llm = checkpoint, checkpoint.vit, checkpoint.llm
         self.tokenizer, self.image_config = checkpoint.tokenizer, checkpoint.image_config
         self.weight = self.vit.patch_embed.proj.weight  # its dtype and device are the model's
-        self.image_pad = self.tokenizer.token_to_id("<|image_pad|>")
+        self.image_pad, self.video_pad = map(self.tokenizer.token_to_id, ("<|image_pad|>", "<|video_pad|>"))
         self.ends = {self.tokenizer.token_to_id("<|im_end|>"), *checkpoint.ends}  # token ids that end an answer
 
     @classmethod
@@ -144,60 +146,77 @@ class EPVLM:
         CPU. dtype: a torch.dtype or its name, None the checkpoint's own. Raises ValueError that names a fault."""
         return cls(weights.load(model, revision, device, dtype))
 
-    def look(self, image: str | Path | Image.Image, events=None, options: Options = Options()) -> View:
-        """Chooses the patches of an image by its events; no layer of the model runs. events: a path, an array, or what
-        `events.read_events` made of one; None for the dense image. Raises ValueError that names the value and the
-        remedy. Warns of what is likely a mistake."""
-        image, config = read_image(image), self.vit.config
-        patch, merge, group = config.patch_size, config.spatial_merge_size, config.group_size
-        limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
-        limits = {name: value for name, value in limits.items() if value is not None}
-        H, W = smart_resize(image.height, image.width, group, replace(self.image_config, **limits))  # pixels
-        dense, (before, after) = H * W // group**2, prompt_ids(self.tokenizer, "", options.system)
-        drops = events is not None or options.rule == "cover"
+    def look(self, image: str | Path | Image.Image | Clip, events=None, options: Options = Options()) -> View:
+        """Chooses the patches of an image, or of a clip, by its events; no layer of the model runs. events: a path, an
+        array, or what `events.read_events` made of one; None for the dense image. Raises ValueError that names the
+        value and the remedy. Warns of what is likely a mistake."""
+        clip = (image if isinstance(image, Clip) else Clip([read_image(image)])).within(options.window)
+        patch, merge, group = self.vit.config.patch_size, self.vit.config.spatial_merge_size, self.vit.config.group_size
+        T, (H, W), side = clip.moments, self.input_size(clip, options), group if options.cell == "group" else patch
+        before, after = prompt_ids(self.tokenizer, "", options.system)
+        drops, dense = events is not None or options.rule == "cover", T * H * W // group**2
         kept = budget(dense, 1 - options.sparsity) if drops else dense  # or more: ties, patches
-        self.check_room(kept, dense, len(before) + len(after))
-        X_v, side = pixels(image, H, W), group if options.cell == "group" else patch  # (1, H, W, 3) uint8
+        self.check_room(kept, dense, len(before) + len(after), T)
         S, source = None, "no events"
         if events is not None:
-            events = read_events(events, options.order, options.time_unit)
-            events = events.align(image.size, options.sensor, options.window)
-            E_v, source = events.accumulate(options.polarity, options.hot_pixels), str(events)
-            S = motion(resize(E_v, H, W)[None], side)  # Eq. 5: (T, cells_h, cells_w)
-        w = worth(S, novelty(X_v.numpy(), side)) if options.rule == "cover" else S
-        M = RULES[options.rule](w, 1 - options.sparsity) if drops else np.ones((1, H // side, W // side), bool)  # Eq. 6
+            events = read_events(events, options.order, options.time_unit).align(clip.size, options.sensor)
+            moments = events.cut(clip.edges)
+            E_v = (resize(each.accumulate(options.polarity, options.hot_pixels), H, W)[None] for each in moments)
+            S = np.concatenate([motion(E_t, side) for E_t in E_v]) / clip.seconds  # Eq. 5: (T, cells_h, cells_w)
+            source = summary(moments)
+        w = S
+        if options.rule == "cover":
+            w = worth(S, np.stack([novelty(*both, side) for both in clip.first_frames(H, W)]))
+        M = RULES[options.rule](w, 1 - options.sparsity) if drops else np.ones((T, H // side, W // side), bool)  # Eq. 6
         keep = torch.from_numpy(M.repeat(side // patch, 1).repeat(side // patch, 2))
         groups = keep.unflatten(2, (-1, merge)).unflatten(1, (-1, merge)).any(dim=4).any(dim=2)
-        patches = packed_patches(X_v, keep, config, self.image_config)  # Eq. 7: (N', 1176)
+        patches = packed_patches(clip, keep, self.vit.config, self.image_config)  # Eq. 7: (N', 1176)
         if options.system is None and not self.checkpoint.usual_system:
             warnings.warn("the chat template has another system turn; give it as system (--system TEXT)", stacklevel=2)
-        return View(patches, keep, groups, S, source, options.system, len(before))
+        pad = self.image_pad if clip.times is None else self.video_pad
+        return View(patches, keep, groups, S, f"{source}{clip}", options.system, len(before), pad)
+
+    def input_size(self, clip: Clip, options: Options) -> tuple[int, int]:
+        """(H, W) in pixels, by the limits of the options, else of the checkpoint, which are narrower for a frame."""
+        config = self.image_config
+        if clip.times is not None:
+            low, high = (min(max(pixels, config.min_pixels), config.max_pixels) for pixels in FRAME_PIXELS)
+            config = replace(config, min_pixels=low, max_pixels=high)
+        limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
+        config = replace(config, **{name: value for name, value in limits.items() if value is not None})
+        return smart_resize(*clip.size[::-1], self.vit.config.group_size, config)
 
     def prompt(self, view: View, question: str) -> tuple[Tensor, Tensor]:
         """What the decoder is given: token ids (L,) int64, and their dense positions, packed, (3, L) int64. Raises
         ValueError for what exceeds the model's context or the memory."""
         before, after = prompt_ids(self.tokenizer, question, view.system)
-        self.check_room(view.tokens, view.groups.numel(), len(before) + len(after))
-        ids = torch.tensor([*before, *[self.image_pad] * view.tokens, *after])
+        self.check_room(view.tokens, view.groups.numel(), len(before) + len(after), len(view.groups))
+        ids = torch.tensor([*before, *[view.pad] * view.tokens, *after])
         return ids, mrope_positions(len(before), view.groups, len(after))
 
-    def check_room(self, kept: int, dense: int, text: int) -> None:
-        """Raises ValueError, with what then fits, if `kept` of an image's `dense` tokens and `text` tokens exceed the
-        model's context or, roughly, the free memory."""
+    def check_room(self, kept: int, dense: int, text: int, T: int) -> None:
+        """Raises ValueError, with what then fits, if `kept` of the `dense` tokens of T moments and `text` tokens exceed
+        the model's context or, roughly, the free memory."""
         llm, vision, limit = self.llm.config, self.vit.config, self.llm.config.max_position_embeddings
         numbers = 2 * llm.num_hidden_layers * llm.num_key_value_heads * llm.head_dim  # held of a token, or read at once
         numbers += 4 * llm.hidden_size + 3 * llm.intermediate_size + 48 * vision.embed_dim
-        token, pixels = numbers * self.weight.element_size(), 24 * vision.group_size**2  # bytes; pixels kept or not
+        token, pixels = (
+            numbers * self.weight.element_size(),
+            24 * vision.group_size**2 / T,
+        )  # bytes; of a moment's pixels
         free = weights.free_memory(self.weight.device)
         room = int(min(limit, (free - dense * pixels) // token)) - text - 1  # tokens of the image
         if kept > room:
             over = f"the model's {limit}" if kept + text >= limit else f"{free / 2**30:.3g} GiB of free memory"
             smaller = int(min(limit, free // (token + pixels))) - text - 128  # leaves space for a usual answer
             hundredths = math.ceil(100 * (1 - (room - 127) / dense))
-            remedies = [f"give max_pixels {smaller * vision.group_size**2} or less"] * (smaller > 0)
+            remedies = [f"give max_pixels {smaller * vision.group_size**2 // T} or less"] * (smaller > T)
+            remedies += [f"frames {smaller * T // dense * 2} or fewer"] * (T > 1 and smaller * T >= dense)
             remedies += [f"with events sparsity 0.{hundredths:02} or more"] * (hundredths < 100)
             remedies = ", or ".join([*remedies, "shorten the question or the system turn"])
-            raise ValueError(f"{kept} tokens of the image and {text} of text exceed {over}; {remedies}")
+            raise ValueError(
+                f"{kept} tokens of the {'image' if T == 1 else 'clip'} and {text} of text exceed {over}; {remedies}"
+            )
 
     def embed(self, view: View, ids: Tensor) -> Tensor:
         """concat(H_v, H_q) of Eq. 4, with H_v in the places of the image's tokens: (1, L, hidden_size)."""
@@ -258,8 +277,11 @@ class EPVLM:
     def flops(self, view: View, question: str) -> tuple[int, int]:
         """FLOPs up to the first token, attention included: (kept, dense), of this view and with nothing dropped."""
         text = len(self.prompt(view, question)[0]) - view.tokens
-        sizes = (len(view.patches), view.tokens), (view.keep.numel(), view.groups.numel())
-        return tuple(sum(self.vit.flops(*size) + self.llm.flops(text + size[1])) for size in sizes)
+        sizes = (view.keep, view.tokens), (torch.ones_like(view.keep), view.groups.numel())
+        return tuple(
+            sum(self.vit.flops(keep.sum(dim=(1, 2)).tolist(), tokens) + self.llm.flops(text + tokens))
+            for keep, tokens in sizes
+        )
 
 
 # The command line

@@ -19,6 +19,7 @@ at all; the quantile is then 0, and Eq. 6 as printed keeps every cell. The rule 
 import math
 import warnings
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -60,21 +61,31 @@ class Events:
         """First and last time, in microseconds."""
         return (float(self.t.min()), float(self.t.max())) if len(self) else (0.0, 0.0)
 
-    def within(self, window: tuple[float, float]) -> "Events":
-        """The events from start to end, both included, in microseconds. Raises ValueError if there are none then."""
-        inside = (self.t >= window[0]) & (self.t <= window[1])
-        told = "no event from {:.16g} to {:.16g} us, it goes from {:.16g} to {:.16g} us".format(*window, *self.span)
-        need(inside.any() or not len(self), f"{self.name}: {told}; change window or time_unit")
-        x, y, t, p = (column[inside] for column in (self.x, self.y, self.t, self.p))
-        return replace(self, x=x, y=y, t=t, p=p, window=tuple(map(float, window)))
-
-    def align(self, size: tuple[int, int], sensor=None, window=None) -> "Events":
-        """The recording aligned with an image of `size`, as the paper asks: the events of a window (start, end) in
-        microseconds (None: all) on a sensor (width, height) in pixels (None: `size`) that sees what the image shows.
-        Raises ValueError for events outside the sensor or none in the window. Warns of a doubtful sensor."""
+    def align(self, size: tuple[int, int], sensor: tuple[int, int] | None = None) -> "Events":
+        """The recording aligned with an image of `size`, as the paper asks: on a sensor (width, height) in pixels (None:
+        `size`) that sees what the image shows. Raises ValueError for events outside it. Warns of a doubtful sensor."""
         aligned = replace(self, sensor=tuple(sensor or size))
-        check_sensor(aligned, size, guessed=not sensor)  # with all events, also those outside the window
-        return aligned.within(window) if window is not None else aligned
+        check_sensor(aligned, size, guessed=not sensor)  # with all events, also those that `cut` leaves out
+        return aligned
+
+    def cut(self, edges: np.ndarray | None) -> list["Events"]:
+        """The events of each moment, from one edge to the next in microseconds, edges (T + 1,), the last one included;
+        None for a single moment with all of them. Raises ValueError if the recording is of another time, warns if it
+        has no events between the edges. One of many moments may have none."""
+        if edges is None:
+            return [self]
+        told = "no event from {:.16g} to {:.16g} us, it goes from {:.16g} to {:.16g} us".format(
+            *edges[[0, -1]], *self.span
+        )
+        meet = not len(self) or (edges[0] <= self.span[1] and self.span[0] <= edges[-1])
+        need(meet, f"{self.name}: {told}; change window or time_unit, or give the frames' times on the events' clock")
+        order = slice(None) if (self.t[1:] >= self.t[:-1]).all() else np.argsort(self.t, kind="stable")
+        x, y, t, p = (column[order] for column in (self.x, self.y, self.t, self.p))
+        cuts = [*np.searchsorted(t, edges[:-1]), np.searchsorted(t, edges[-1], side="right")]
+        if cuts[0] == cuts[-1] and len(self):
+            warnings.warn(f"{self.name}: {told}; they cannot say which cells matter", stacklevel=3)
+        spans = zip(pairwise(cuts), pairwise(edges.tolist()), strict=True)
+        return [replace(self, x=x[a:b], y=y[a:b], t=t[a:b], p=p[a:b], window=window) for (a, b), window in spans]
 
     def accumulate(self, polarity: str = "count", hot_pixels: str = "keep") -> np.ndarray:
         """E_v at the sensor's size, (height, width) int64: events by pixel, or on minus off ("signed"). See `mend`."""
@@ -100,17 +111,29 @@ class EventMap:
     def __str__(self) -> str:
         return "an event map of {1} x {0}".format(*self.values.shape)
 
-    def align(self, size: tuple[int, int], sensor=None, window=None) -> "EventMap":
-        """Itself: it shows what the image shows. Raises ValueError for a window or another sensor."""
-        fits = window is None and tuple(sensor or self.values.shape[::-1]) == self.values.shape[::-1]
-        need(fits, f"{self} has no times and only its own size; leave window and sensor out")
+    def align(self, size: tuple[int, int], sensor: tuple[int, int] | None = None) -> "EventMap":
+        """Itself: it shows what the image shows. Raises ValueError for another sensor."""
+        fits = tuple(sensor or self.values.shape[::-1]) == self.values.shape[::-1]
+        need(fits, f"{self} has only its own size; leave sensor out")
         if not self.values.any():
             warnings.warn("the event map is zero everywhere; it cannot say which cells matter", stacklevel=3)
         return self
 
+    def cut(self, edges: np.ndarray | None) -> list["EventMap"]:
+        """Itself, the only moment. Raises ValueError for a clip, or a window."""
+        need(edges is None, f"{self} has no times; leave window out, and give a clip a recording")
+        return [self]
+
     def accumulate(self, polarity: str = "count", hot_pixels: str = "keep") -> np.ndarray:
         """The map itself, (height, width), in its own dtype; polarity does not apply."""
         return mend(self.values) if hot_pixels == "mend" else self.values
+
+
+def summary(moments: list[Events] | list[EventMap]) -> str:
+    """What the moments hold, in words, such as "37142 events in 20.0 ms"."""
+    if len(moments) == 1:
+        return str(moments[0])
+    return f"{sum(map(len, moments))} events in {(moments[-1].window[1] - moments[0].window[0]) / 1000:.1f} ms"
 
 
 def read_events(source, order: str | None = None, time_unit: str | None = None) -> Events | EventMap:
@@ -323,8 +346,10 @@ def budget_mask(S: np.ndarray, tau: float) -> np.ndarray:
 
 def spread_order(T: int, cells_h: int, cells_w: int) -> np.ndarray:
     """A rank for each cell, (T, cells_h, cells_w) int64, such that the first k cells cover the grid evenly, for
-    every k: the Bayer matrix of ordered dithering. Example, 1 x 2 x 2: [[[0, 2], [3, 1]]], first a diagonal."""
-    _, row, column = np.indices((T, cells_h, cells_w))
+    every k: the Bayer matrix of ordered dithering, moved from moment to moment so that four in turn show all places.
+    Example, 1 x 2 x 2: [[[0, 2], [3, 1]]], first a diagonal."""
+    t, row, column = np.indices((T, cells_h, cells_w))
+    row, column = row ^ (t >> 1 & 1), column ^ (t & 1)
     rank = np.zeros((T, cells_h, cells_w), dtype=np.int64)
     for bit in range((max(cells_h, cells_w) - 1).bit_length()):  # the lowest bit of a coordinate decides most
         rank = 4 * rank + 2 * ((row ^ column) >> bit & 1) + (row >> bit & 1)
@@ -334,15 +359,15 @@ def spread_order(T: int, cells_h: int, cells_w: int) -> np.ndarray:
 # Beyond the paper: a rule that covers
 
 
-def novelty(X_v: np.ndarray, side: int) -> np.ndarray:
-    """G: what a cell shows that the cells before it do not, the L1 norm of its pixels' difference from the more similar
-    of its left and its upper neighbour (PixelPrune's redundancy); beyond the edge all is grey. X_v (T, H, W, 3) uint8;
-    returns (T, H/side, W/side)."""
-    T, H, W, _ = X_v.shape
-    padded = np.pad(X_v, ((0, 0), (side, 0), (side, 0), (0, 0)), constant_values=GREY)
-    left, above = padded[:, side:, :-side], padded[:, :-side, side:]
-    change = [np.maximum(X_v, other) - np.minimum(X_v, other) for other in (left, above)]  # uint8 must not wrap
-    return np.minimum(*(each.reshape(T, H // side, side, W // side, side * 3).sum(axis=(2, 4)) for each in change))
+def novelty(frame: np.ndarray, before: np.ndarray | None, side: int) -> np.ndarray:
+    """G of a moment: what a cell shows that the cells before it do not, the L1 norm of its pixels' difference from the
+    most similar of its left and its upper neighbour (PixelPrune's redundancy) and, in a clip, of the cell in the moment
+    before. frame, before (H, W, 3) uint8; beyond the edge all is grey. Returns (H/side, W/side)."""
+    H, W, _ = frame.shape
+    padded = np.pad(frame, ((side, 0), (side, 0), (0, 0)), constant_values=GREY)
+    others = [padded[side:, :-side], padded[:-side, side:], *([] if before is None else [before])]
+    change = (np.maximum(frame, other) - np.minimum(frame, other) for other in others)  # uint8 must not wrap
+    return np.min([each.reshape(H // side, side, W // side, side * 3).sum(axis=(1, 3)) for each in change], axis=0)
 
 
 def worth(S: np.ndarray | None, G: np.ndarray) -> np.ndarray:
@@ -355,15 +380,15 @@ def worth(S: np.ndarray | None, G: np.ndarray) -> np.ndarray:
 def cover_mask(w: np.ndarray, tau: float) -> np.ndarray:
     """Keeps `budget` cells one after another, each the one around which most is unexplained. u, what is unexplained, is
     w at first; a kept cell explains a share k(d) of what lies d cells away. Ties as in `budget_mask`. It is greedy, so
-    a larger sparsity keeps a subset. k is a Gaussian of one cell, a product of one matrix for rows and one for columns.
+    a larger sparsity keeps a subset. k is a Gaussian of one cell and one moment, a product of one matrix for each axis.
     Example, w = [[3, 2, 0, 2]], k(1) = 0.61, k(2) = 0.14: first cell 0, then u = [0, 0.79, 0, 1.98] and cell 3."""
-    rows, columns = (np.exp(-(np.subtract.outer(range(n), range(n)) ** 2) / 2) for n in w.shape[1:])  # k
+    times, rows, columns = (np.exp(-(np.subtract.outer(range(n), range(n)) ** 2) / 2) for n in w.shape)  # k
     u, M, ties = w.copy(), np.zeros(w.shape, dtype=bool), 1e-9 * w.max() * spread_order(*w.shape) / w.size
     for _ in range(budget(w.size, tau)):
-        explained = rows @ u @ columns - ties  # by each cell, were it kept
+        explained = np.tensordot(times, rows @ u @ columns, 1) - ties  # by each cell, were it kept
         t, row, column = np.unravel_index(np.where(M, -np.inf, explained).argmax(), w.shape)
         M[t, row, column] = True
-        u[t] *= 1 - np.outer(rows[row], columns[column])
+        u *= 1 - times[t][:, None, None] * np.outer(rows[row], columns[column])
     return M
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from rope2d import cos_sin, rotate
 
 SYSTEM = "You are a helpful assistant."  # the system turn of the published models
-SPECIAL = ("im_start", "im_end", "vision_start", "vision_end", "image_pad")
+SPECIAL = ("im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class DecoderConfig:
 def prompt_ids(tokenizer: Tokenizer, question: str, system: str | None = None) -> tuple[list[int], list[int]]:
     """Token ids before the image and after it. Special tokens are put in by id; a text that spells one stays text.
     system: the system turn, None for the published models', "" for none. Raises ValueError for broken UTF-8."""
-    im_start, im_end, vision_start, vision_end, _ = (tokenizer.token_to_id(f"<|{name}|>") for name in SPECIAL)
+    im_start, im_end, vision_start, vision_end, *_ = (tokenizer.token_to_id(f"<|{name}|>") for name in SPECIAL)
     tokenizer.encode_special_tokens = True  # a state that a copied tokenizer loses, so set at each use
 
     def ids(text: str) -> list[int]:
@@ -69,7 +69,7 @@ def prompt_ids(tokenizer: Tokenizer, question: str, system: str | None = None) -
 
 
 def mrope_positions(before: int, groups: Tensor, after: int) -> Tensor:
-    """Time, row and column of every token: `before` tokens of text, the kept groups of one image, `after` of text.
+    """Time, row and column of every token: `before` tokens of text, the kept groups of an image or clip, `after` of text.
     groups (T, groups_h, groups_w) bool. Returns (3, L) int64. The image stands at c = before: t = c + moment, h = c +
     row, w = c + column; text goes on at c + the largest of T, groups_h, groups_w, whatever was dropped. Source:
     get_rope_index in transformers' modeling_qwen2_vl.py. Example, before = 1, after = 2, groups = [[[1, 0, 1]]] (the

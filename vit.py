@@ -3,9 +3,11 @@
 Equations: 1 and 3 (the dense case, nothing dropped), 7 and 8 (Pack), 9 (the transformer g), 10 (the merger MLP_W).
 
 Glossary
-    X_v              the image after smart_resize, (T, H, W, 3) uint8, H and W multiples of 28 pixels
+    X_v              the input after smart_resize, two frames a moment, (T, 2, H, W, 3) uint8; H and W are multiples of
+                     28 pixels, and a still image is both frames of its only moment
     p                patch side, 14 pixels; M_v the merge size, 2 patches; a group is M_v x M_v patches, 28 x 28 pixels
     T, N, N', keep   as in rope2d.py: moments, patches of the dense input, patches kept, the mask by patch
+    n_t              patches kept of each moment that keeps any: attention stays within a moment
     X~_v, R~^2D      packed patches (N', 1176) and packed rotary angles (N', head_dim/2)
     z, Z_v           a layer's output, (B, N', embed_dim), and the last layer's; B is 1 when answering
     H_v              visual tokens (B, groups kept, hidden_size)
@@ -16,7 +18,9 @@ patch kept it is plain Qwen2-VL. Module names are the published tensor names. Wh
 
 import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -108,26 +112,114 @@ def eight_bits(image: Image.Image, name: str) -> Image.Image:
     return Image.fromarray((grey.astype(np.int64) * 255 // (2**bits - 1)).astype(np.uint8))
 
 
-def patchify(X_v: Tensor, patch_size: int = 14, merge: int = 2) -> Tensor:
-    """Patches(X_v) of Eq. 1: pixels (T, H, W, 3) to (N, 3, p, p), same dtype, group after group."""
-    grid = X_v.unflatten(2, (-1, patch_size)).unflatten(1, (-1, patch_size))  # (T, grid_h, p, grid_w, p, 3)
-    return group_order(grid.permute(0, 1, 3, 5, 2, 4), merge)
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """What is looked at: frames of one size, paths or PIL images, read when needed, and their times. Two frames make a
+    moment; the last frame of an odd clip makes one by itself. A still image is a clip of one frame without times.
+    Raises ValueError for times that are not as many as the frames, or do not rise."""
+
+    frames: Sequence[str | Path | Image.Image]
+    times: np.ndarray | None = None  # (F,) microseconds on the events' clock
+    window: tuple[float, float] | None = None  # (start, end) in microseconds; events outside it do not count
+    clock: str = ""  # where the times come from, for the line about what was kept
+
+    def __post_init__(self):
+        if self.times is not None:
+            object.__setattr__(self, "times", np.asarray(self.times, dtype=np.float64))
+            if not (0 < len(self.frames) == len(self.times) and (np.diff(self.times) > 0).all()):
+                raise ValueError(f"{len(self.frames)} frames, {len(self.times)} times; give as many, and rising times")
+
+    @classmethod
+    def at_rate(cls, frames: Sequence[str | Path | Image.Image], fps: float) -> "Clip":
+        """Frames at `fps` a second, the first at 0."""
+        if not 1e-3 <= fps <= 1e6:
+            raise ValueError(f"fps {fps:g}: give 0.001 to 1000000")
+        return cls(frames, np.arange(len(frames)) * 1e6 / fps, clock=f" at {fps:g} a second")
+
+    def __str__(self) -> str:
+        return "" if self.times is None else f", {len(self.frames)} frames{self.clock}"
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        return read_image(self.frames[0]).size  # (width, height), pixels
+
+    @property
+    def moments(self) -> int:
+        return math.ceil(len(self.frames) / 2)  # T
+
+    @property
+    def edges(self) -> np.ndarray | None:
+        """Where the windows of the moments begin and end, (T + 1,) microseconds: halfway between the frames of two
+        moments, and half a frame's time before the first and after the last. None for all events. Example, frames at
+        0, 40, 80, 120 and 160: -20, 60, 140, 180."""
+        if self.times is None or len(self.times) < 2:
+            return None if self.window is None else np.array(self.window)
+        t = np.concatenate((2 * self.times[:1] - self.times[1:2], self.times, 2 * self.times[-1:] - self.times[-2:-1]))
+        halfway = (t[1:] + t[:-1]) / 2  # before the first frame, ..., after the last
+        edges = np.concatenate((halfway[:-1:2], halfway[-1:]))
+        return edges if self.window is None else edges.clip(*self.window)
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """How long each window is, (T, 1, 1); 1 if there is only one frame."""
+        return np.ones((1, 1, 1)) if len(self.frames) < 2 else np.diff(self.edges)[:, None, None] / 1e6
+
+    def within(self, window: tuple[float, float] | None) -> "Clip":
+        """The frames from start to end, both included, in microseconds. Raises ValueError if there are none."""
+        if self.times is None or window is None:
+            return replace(self, window=window)
+        inside = ((self.times >= window[0]) & (self.times <= window[1])).nonzero()[0]
+        if not len(inside):
+            told = "{:.16g} to {:.16g} us, they go from {:.16g} to {:.16g} us".format(*window, *self.times[[0, -1]])
+            raise ValueError(f"no frame from {told}; change window")
+        return replace(self, frames=[self.frames[n] for n in inside], times=self.times[inside], window=window)
+
+    def pixels(self, moment: int, height: int, width: int) -> Tensor:
+        """X_v of a moment, (2, H, W, 3) uint8. Resampling is part of the model: Pillow's bicubic filter for a still
+        image, torch's for a clip, as in transformers; others move pixels by up to 23 levels. Raises ValueError for
+        a frame of another size."""
+        frames = [read_image(frame) for frame in self.frames[2 * moment : 2 * moment + 2]]
+        for number, frame in enumerate(frames, 2 * moment + 1):
+            if frame.size != self.size:
+                sizes = "{} x {} pixels, the first has {} x {}".format(*frame.size, *self.size)
+                raise ValueError(f"frame {number} has {sizes}; give frames of one size")
+        if self.times is None:
+            image = np.array(frames[0].resize((width, height), Image.Resampling.BICUBIC))
+            return torch.from_numpy(image).expand(2, -1, -1, -1)
+        both = torch.from_numpy(np.stack([np.asarray(frame) for frame in (*frames, frames[-1])[:2]])).permute(
+            0, 3, 1, 2
+        )
+        return F.interpolate(both, (height, width), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
+
+    def first_frames(self, height: int, width: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Of each moment the first frame, (H, W, 3) uint8, with that of the moment before, or None."""
+        before = None
+        for moment in range(self.moments):
+            frame = self.pixels(moment, height, width)[0].numpy()
+            yield frame, before
+            before = frame
 
 
-def pixels(image: Image.Image, height: int, width: int) -> Tensor:
-    """X_v of an RGB image, (1, H, W, 3) uint8. Pillow's bicubic filter is part of the model: other resamplers move
-    pixels by up to 23 levels."""
-    return torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.BICUBIC)))[None]
+def patchify(X_t: Tensor, patch_size: int = 14, merge: int = 2) -> Tensor:
+    """Patches(X_v) of Eq. 1, of a moment: pixels (2, H, W, 3) to (N, 3, 2, p, p), same dtype, group after group."""
+    grid = X_t.unflatten(2, (-1, patch_size)).unflatten(1, (-1, patch_size))  # (2, grid_h, p, grid_w, p, 3)
+    return group_order(grid.permute(1, 3, 5, 0, 2, 4)[None], merge)
 
 
-def packed_patches(X_v: Tensor, keep: Tensor, config: VisionConfig, image_config: ImageConfig) -> Tensor:
-    """X~_v: the kept patches, normalised; the image stands for both frames of its moment. X_v (1, H, W, 3) uint8, keep
-    (1, grid_h, grid_w) bool; returns (N', 3 * 2 * p * p) float32."""
-    patches = patchify(X_v, config.patch_size, config.spatial_merge_size)
-    patches = pack(patches, group_order(keep, config.spatial_merge_size))  # Eq. 7
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (image_config.image_mean, image_config.image_std))
-    patches = (patches / 255.0 - mean) / std  # (N', 3, p, p)
-    return patches.unsqueeze(2).expand(-1, -1, config.temporal_patch_size, -1, -1).flatten(1)
+def packed_patches(clip: Clip, keep: Tensor, config: VisionConfig, image_config: ImageConfig) -> Tensor:
+    """X~_v: the kept patches, normalised; a moment without any is never read. keep (T, grid_h, grid_w) bool also sets
+    the input size, grid * 14 pixels. Returns (N', 3 * 2 * p * p) float32."""
+    height, width = (side * config.patch_size for side in keep.shape[1:])
+    unit = 255 if clip.times is None else 1  # transformers normalises clips in levels, which differs in the last bit
+    mean, std = (
+        255 / unit * torch.tensor(v).view(3, 1, 1, 1) for v in (image_config.image_mean, image_config.image_std)
+    )
+    packed = []
+    for moment in keep.flatten(1).any(dim=1).nonzero().flatten().tolist():
+        patches = patchify(clip.pixels(moment, height, width), config.patch_size, config.spatial_merge_size)
+        patches = pack(patches, group_order(keep[moment : moment + 1], config.spatial_merge_size))  # Eq. 7
+        packed.append(((patches / unit - mean) / std).flatten(1))
+    return torch.cat(packed)
 
 
 class PatchEmbed(nn.Module):
@@ -141,7 +233,7 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Full attention among the packed patches of one image."""
+    """Full attention among the packed patches of one moment."""
 
     def __init__(self, config: VisionConfig):
         super().__init__()
@@ -149,10 +241,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim)
         self.proj = nn.Linear(config.embed_dim, config.embed_dim)
 
-    def forward(self, z: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, z: Tensor, cos: Tensor, sin: Tensor, n_t: list[int]) -> Tensor:
         q, k, v = self.qkv(z).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)  # each (B, N', heads, head_dim)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = attend(*(x.transpose(1, 2) for x in (q, k, v)))  # (B, heads, N', head_dim)
+        moments = zip(*(x.transpose(1, 2).split(n_t, dim=2) for x in (q, k, v)), strict=True)
+        out = torch.cat([attend(*moment) for moment in moments], dim=2)  # (B, heads, N', head_dim)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -175,8 +268,8 @@ class Block(nn.Module):
         self.attn = Attention(config)
         self.mlp = MLP(config)
 
-    def forward(self, z: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        z = z + self.attn(self.norm1(z), cos, sin)
+    def forward(self, z: Tensor, cos: Tensor, sin: Tensor, n_t: list[int]) -> Tensor:
+        z = z + self.attn(self.norm1(z), cos, sin, n_t)
         return z + by_rows(self.mlp, self.norm2(z))
 
 
@@ -220,17 +313,17 @@ class VisionTransformer(nn.Module):
         flat = group_order(keep, config.spatial_merge_size)  # (N,) bool, in the order of the patches
         R_2D = rope_2d(keep.shape, config.embed_dim // config.num_heads, config.rope_theta, config.spatial_merge_size)
         cos, sin = cos_sin(pack(R_2D, flat).to(patches.device))  # Eq. 8: computed on the dense grid, then packed
-        z = self.patch_embed(patches)
+        z, n_t = self.patch_embed(patches), [n for n in keep.flatten(1).sum(dim=1).tolist() if n]
         for block in self.blocks:
-            z = block(z, cos, sin)  # Eq. 9; with nothing dropped, Eq. 1
+            z = block(z, cos, sin, n_t)  # Eq. 9; with nothing dropped, Eq. 1
         return self.merger(z, flat)  # Eq. 10; with nothing dropped, Eq. 3
 
-    def flops(self, patches: int, groups: int) -> tuple[int, int]:
-        """FLOPs of `forward` for so many patches and groups kept, a multiply-add being two: of the linear layers, and
-        of attention (q k and its product with v). Norms, activations, softmax and rotations are left out."""
+    def flops(self, n_t: list[int], groups: int) -> tuple[int, int]:
+        """FLOPs of `forward` for so many patches of each moment and groups kept, a multiply-add being two: of the linear
+        layers, and of attention (q k and its product with v). Norms, activations, softmax and rotations are left out."""
         size = {name: sum(p.numel() for p in part.parameters() if p.ndim > 1) for name, part in self.named_children()}
-        linear = patches * (size["patch_embed"] + size["blocks"]) + groups * size["merger"]
-        return 2 * linear, 2 * self.config.depth * 2 * patches**2 * self.config.embed_dim
+        linear = sum(n_t) * (size["patch_embed"] + size["blocks"]) + groups * size["merger"]
+        return 2 * linear, 2 * self.config.depth * 2 * sum(n**2 for n in n_t) * self.config.embed_dim
 
 
 # What makes it faster on a CPU: SCORES of a head, or ROWS of the MLP, are computed at a time: so they fit its cache.

@@ -121,7 +121,7 @@ def gradient(model: EPVLM, sample: Sample, sparsity: float) -> View:
 
 def redundancy(model: EPVLM, sample: Sample, sparsity: float) -> View:
     """PixelPrune's idea: what differs least from its left or upper neighbour goes first."""
-    return by_map(model, sample, sparsity, novelty(np.asarray(sample.image)[None], 28)[0])
+    return by_map(model, sample, sparsity, novelty(np.asarray(sample.image), None, 28))
 
 
 def uncovered(model: EPVLM, sample: Sample, sparsity: float) -> View:

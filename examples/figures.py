@@ -47,7 +47,8 @@ def picture(model: EPVLM, image, events, options: Options) -> Image.Image:
     middle, legend = seen.convert("L").convert("RGB"), ""
     if events is not None:
         with warnings.catch_warnings(action="ignore"):  # `look` has given them
-            events, legend = events.align(image.size, options.sensor, options.window), ", red on, blue off"
+            window = options.window and np.array(options.window)
+            (events,), legend = events.align(image.size, options.sensor).cut(window), ", red on, blue off"
         draw_events(middle, *(resize(events.accumulate(polarity), H, W) for polarity in ("count", "signed")))
     caption = f"{view}\nleft: the image; middle: events{legend}; right: dropped patches darkened"
     return side_by_side((seen, middle, darken(seen, view.keep[0].numpy())), caption)

@@ -29,7 +29,7 @@ import scenes
 from common import Parser, exit_status, write_whole
 from epvlm import EPVLM
 from llm import mrope_positions, prompt_ids
-from vit import ImageConfig, packed_patches, pixels
+from vit import Clip, ImageConfig, packed_patches
 from weights import Checkpoint, build, published
 
 BATCH, QUESTIONS = 16, 8  # images of a step, questions of an image
@@ -170,8 +170,8 @@ def batch(model: EPVLM, step: int, things: tuple[int, int]) -> tuple[Tensor, Ten
     size = scenes.scene(first).size
     shown = [scenes.scene(first + k, things, size) for k in range(BATCH)]
     keep = torch.ones(1, size[0] // 14, size[1] // 14, dtype=torch.bool)
-    images = [pixels(Image.fromarray(scenes.render(scene)), *size) for scene in shown]
-    patches = torch.stack([packed_patches(X_v, keep, model.vit.config, model.image_config) for X_v in images])
+    images = [Clip([Image.fromarray(scenes.render(scene))]) for scene in shown]
+    patches = torch.stack([packed_patches(image, keep, model.vit.config, model.image_config) for image in images])
     asked = [scenes.choose(scenes.questions(scene), QUESTIONS, first + k) for k, scene in enumerate(shown)]
     return patches, keep, [question for several in asked for question in (several * QUESTIONS)[:QUESTIONS]]
 

@@ -28,7 +28,7 @@ from events import read_events
 from llm import Decoder, DecoderConfig, KVCache
 from oracles import assert_close, masked_decoder, masked_vision
 from strategies import SPARSITIES, TEXTS, group_masks, patch_masks
-from vit import VisionConfig, VisionTransformer, packed_patches, pixels
+from vit import Clip, VisionConfig, VisionTransformer, packed_patches
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "What is moving?"
@@ -171,7 +171,7 @@ def test_packed_patches(checkpoint, keep, seed):
         group, within = divmod(n, 4)
         i, j = 2 * (group // (keep.shape[2] // 2)) + within // 2, 2 * (group % (keep.shape[2] // 2)) + within % 2
         wanted += [n] if keep[0, i, j] else []
-    packed = packed_patches(pixels(image, *image.size[::-1]), keep, model.vit.config, model.image_config)
+    packed = packed_patches(Clip([image]), keep, model.vit.config, model.image_config)
     assert torch.equal(packed, dense(model, image).patches[wanted])
 
 
@@ -193,7 +193,7 @@ def test_broken_group(checkpoint, keep, seed):
     merger as zeros in its own slot."""
     _, theirs, model = checkpoint
     image = picture(keep, 14, seed)
-    patches = packed_patches(pixels(image, *image.size[::-1]), keep, model.vit.config, model.image_config)
+    patches = packed_patches(Clip([image]), keep, model.vit.config, model.image_config)
     with torch.inference_mode():
         expected = masked_vision(theirs, dense(model, image).patches, keep)
         assert_close(model.vit(patches[None], keep)[0], expected)
