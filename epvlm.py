@@ -14,7 +14,8 @@ Glossary
     keep, groups     the mask by patch (T, grid_h, grid_w) and by group (T, groups_h, groups_w): True keeps, False drops
     sparsity         fraction of cells dropped, as in Table 1; Eq. 6's tau = 1 - sparsity is the fraction kept
 
-What differs from plain Qwen2-VL: the mask. Without events, or at sparsity 0, this is plain Qwen2-VL.
+What differs from plain Qwen2-VL: the mask. With nothing dropped, as without events, this is plain Qwen2-VL; only the
+rule `cover`, which is ours and not the paper's, drops without events.
 """
 
 import argparse
@@ -146,8 +147,8 @@ class EPVLM:
 
     def look(self, image: str | Path | Image.Image, events=None, options: Options = Options()) -> View:
         """Chooses the patches of an image by its events; no layer of the model runs. events: a path, an array, or what
-        `events.read_events` made of one; None for the dense image. Raises ValueError that names the value and the
-        remedy. Warns of what is likely a mistake."""
+        `events.read_events` made of one; None for the dense image, or with the rule "cover" for a mask of the image
+        alone. Raises ValueError that names the value and the remedy. Warns of what is likely a mistake."""
         image, config = read_image(image), self.vit.config
         patch, merge, group = config.patch_size, config.spatial_merge_size, config.group_size
         limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
@@ -195,7 +196,7 @@ class EPVLM:
             smaller = int(min(limit, free // (token + pixels))) - text - 128  # leaves space for a usual answer
             hundredths = math.ceil(100 * (1 - (room - 127) / dense))
             remedies = [f"give max_pixels {smaller * vision.group_size**2} or less"] * (smaller > 0)
-            remedies += [f"with events sparsity 0.{hundredths:02} or more"] * (hundredths < 100)
+            remedies += [f"with events, or the rule cover, sparsity 0.{hundredths:02} or more"] * (hundredths < 100)
             remedies = ", or ".join([*remedies, "shorten the question or the system turn"])
             raise ValueError(f"{kept} tokens of the image and {text} of text exceed {over}; {remedies}")
 
@@ -406,7 +407,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("epvlm", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.error = lambda text: parser.exit(2, f"epvlm: error: {' '.join(text.split())} (--help lists the options)\n")
     parser.add_argument("image", help="image file")
-    parser.add_argument("events", help="recording or event map, .npy or .npz; the word none for the dense image")
+    parser.add_argument("events", help="recording or event map, .npy or .npz; or none")
     parser.add_argument("question", nargs="?", help="if left out, questions are read from standard input, one a line")
     add_model(parser)
     add_flags(parser, Options)
