@@ -14,7 +14,8 @@ Glossary
     keep, groups     the mask by patch (T, grid_h, grid_w) and by group (T, groups_h, groups_w): True keeps, False drops
     sparsity         fraction of cells dropped, as in Table 1; Eq. 6's tau = 1 - sparsity is the fraction kept
 
-What differs from plain Qwen2-VL: the mask. Without events, or at sparsity 0, this is plain Qwen2-VL.
+What differs from plain Qwen2-VL: the mask. With nothing dropped, as without events, this is plain Qwen2-VL; only the
+rule `cover`, which is ours and not the paper's, drops without events.
 """
 
 import argparse
@@ -148,8 +149,8 @@ class EPVLM:
 
     def look(self, image: str | Path | Image.Image | Clip, events=None, options: Options = Options()) -> View:
         """Chooses the patches of an image, or of a clip, by its events; no layer of the model runs. events: a path, an
-        array, or what `events.read_events` made of one; None for the dense image. Raises ValueError that names the
-        value and the remedy. Warns of what is likely a mistake."""
+        array, or what `events.read_events` made of one; None for the dense image, or with the rule "cover" for a mask
+        of the image alone. Raises ValueError that names the value and the remedy. Warns of likely mistakes."""
         clip = (image if isinstance(image, Clip) else Clip([read_image(image)])).within(options.window)
         patch, merge, group = self.vit.config.patch_size, self.vit.config.spatial_merge_size, self.vit.config.group_size
         T, (H, W), side = clip.moments, self.input_size(clip, options), group if options.cell == "group" else patch
@@ -212,7 +213,7 @@ class EPVLM:
             hundredths = math.ceil(100 * (1 - (room - 127) / dense))
             remedies = [f"give max_pixels {smaller * vision.group_size**2 // T} or less"] * (smaller > T)
             remedies += [f"frames {smaller * T // dense * 2} or fewer"] * (T > 1 and smaller * T >= dense)
-            remedies += [f"with events sparsity 0.{hundredths:02} or more"] * (hundredths < 100)
+            remedies += [f"with events, or the rule cover, sparsity 0.{hundredths:02} or more"] * (hundredths < 100)
             remedies = ", or ".join([*remedies, "shorten the question or the system turn"])
             raise ValueError(
                 f"{kept} tokens of the {'image' if T == 1 else 'clip'} and {text} of text exceed {over}; {remedies}"
@@ -428,7 +429,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("epvlm", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.error = lambda text: parser.exit(2, f"epvlm: error: {' '.join(text.split())} (--help lists the options)\n")
     parser.add_argument("image", help="image file")
-    parser.add_argument("events", help="recording or event map, .npy or .npz; the word none for the dense image")
+    parser.add_argument("events", help="recording or event map, .npy or .npz; or none")
     parser.add_argument("question", nargs="?", help="if left out, questions are read from standard input, one a line")
     add_model(parser)
     add_flags(parser, Options)

@@ -62,8 +62,8 @@ class Events:
         return (float(self.t.min()), float(self.t.max())) if len(self) else (0.0, 0.0)
 
     def align(self, size: tuple[int, int], sensor: tuple[int, int] | None = None) -> "Events":
-        """The recording aligned with an image of `size`, as the paper asks: on a sensor (width, height) in pixels (None:
-        `size`) that sees what the image shows. Raises ValueError for events outside it. Warns of a doubtful sensor."""
+        """The recording aligned with an image of `size`, as the paper asks: on a sensor (width, height) in pixels, None
+        for `size`, that sees the same. Raises ValueError for events outside it. Warns of a doubtful sensor."""
         aligned = replace(self, sensor=tuple(sensor or size))
         check_sensor(aligned, size, guessed=not sensor)  # with all events, also those that `cut` leaves out
         return aligned
@@ -88,7 +88,7 @@ class Events:
         return [replace(self, x=x[a:b], y=y[a:b], t=t[a:b], p=p[a:b], window=window) for (a, b), window in spans]
 
     def accumulate(self, polarity: str = "count", hot_pixels: str = "keep") -> np.ndarray:
-        """E_v at the sensor's size, (height, width) int64: events by pixel, or on minus off ("signed"). See `mend`."""
+        """E_v at the sensor's size, (height, width): events by pixel, or on minus off ("signed"); see `mend`."""
         width, height = self.sensor
         E_v, at_once = np.zeros(height * width, dtype=np.int64), max(2**18, height * width)  # what fits the cache
         for start in range(0, len(self), at_once):
@@ -125,7 +125,7 @@ class EventMap:
         return [self]
 
     def accumulate(self, polarity: str = "count", hot_pixels: str = "keep") -> np.ndarray:
-        """The map itself, (height, width), in its own dtype; polarity does not apply."""
+        """The map itself, (height, width), mended if asked; polarity does not apply."""
         return mend(self.values) if hot_pixels == "mend" else self.values
 
 
@@ -290,7 +290,8 @@ def check_hot(E_v: np.ndarray, name: str) -> np.ndarray:
 
 
 def mend(E_v: np.ndarray) -> np.ndarray:
-    """E_v with hot pixels, those over 10 times the median of the active ones, cut to their largest neighbour."""
+    """E_v with hot pixels, those over 10 times the median of the active ones, cut to their largest neighbour, which
+    may be hot, too. Returns float64."""
     E_v = E_v.astype(np.float64)
     count, padded = np.abs(E_v), np.pad(np.abs(E_v), 1)
     places = [(row, column) for row in range(3) for column in range(3) if (row, column) != (1, 1)]
@@ -383,7 +384,8 @@ def cover_mask(w: np.ndarray, tau: float) -> np.ndarray:
     a larger sparsity keeps a subset. k is a Gaussian of one cell and one moment, a product of one matrix for each axis.
     Example, w = [[3, 2, 0, 2]], k(1) = 0.61, k(2) = 0.14: first cell 0, then u = [0, 0.79, 0, 1.98] and cell 3."""
     times, rows, columns = (np.exp(-(np.subtract.outer(range(n), range(n)) ** 2) / 2) for n in w.shape)  # k
-    u, M, ties = w.copy(), np.zeros(w.shape, dtype=bool), 1e-9 * w.max() * spread_order(*w.shape) / w.size
+    ties = 1e-9 * (w.max() or 1) * spread_order(*w.shape) / w.size
+    u, M = w.astype(np.float64), np.zeros(w.shape, dtype=bool)
     for _ in range(budget(w.size, tau)):
         explained = np.tensordot(times, rows @ u @ columns, 1) - ties  # by each cell, were it kept
         t, row, column = np.unravel_index(np.where(M, -np.inf, explained).argmax(), w.shape)

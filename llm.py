@@ -69,7 +69,7 @@ def prompt_ids(tokenizer: Tokenizer, question: str, system: str | None = None) -
 
 
 def mrope_positions(before: int, groups: Tensor, after: int) -> Tensor:
-    """Time, row and column of every token: `before` tokens of text, the kept groups of an image or clip, `after` of text.
+    """Time, row and column of every token: `before` tokens of text, the groups kept of what is seen, `after` of text.
     groups (T, groups_h, groups_w) bool. Returns (3, L) int64. The image stands at c = before: t = c + moment, h = c +
     row, w = c + column; text goes on at c + the largest of T, groups_h, groups_w, whatever was dropped. Source:
     get_rope_index in transformers' modeling_qwen2_vl.py. Example, before = 1, after = 2, groups = [[[1, 0, 1]]] (the

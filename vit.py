@@ -319,8 +319,8 @@ class VisionTransformer(nn.Module):
         return self.merger(z, flat)  # Eq. 10; with nothing dropped, Eq. 3
 
     def flops(self, n_t: list[int], groups: int) -> tuple[int, int]:
-        """FLOPs of `forward` for so many patches of each moment and groups kept, a multiply-add being two: of the linear
-        layers, and of attention (q k and its product with v). Norms, activations, softmax and rotations are left out."""
+        """FLOPs of `forward` for so many patches of each moment, and groups kept, a multiply-add being two: of the
+        linear layers, and of attention (q k and its product with v). Norms, activations and rotations are left out."""
         size = {name: sum(p.numel() for p in part.parameters() if p.ndim > 1) for name, part in self.named_children()}
         linear = sum(n_t) * (size["patch_embed"] + size["blocks"]) + groups * size["merger"]
         return 2 * linear, 2 * self.config.depth * 2 * sum(n**2 for n in n_t) * self.config.embed_dim

@@ -135,7 +135,7 @@ def attention(model: EPVLM, sample: Sample, sparsity: float) -> View:
     hook = model.vit.blocks[-1].attn.register_forward_pre_hook(lambda _, inputs: given.extend(inputs))
     H_v = model.vit(view.patches[None], view.keep)
     hook.remove()
-    by_group = received(model.vit.blocks[-1].attn, *given).view(*view.groups.shape, -1).sum(dim=-1)
+    by_group = received(model.vit.blocks[-1].attn, *given[:3]).view(*view.groups.shape, -1).sum(dim=-1)
     groups = torch.from_numpy(budget_mask(by_group.numpy(), 1 - sparsity))
     return Pruned(**vars(replace(view, groups=groups)), H_v=H_v[:, groups.flatten()])
 

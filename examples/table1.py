@@ -93,7 +93,7 @@ def modules(config: DecoderConfig) -> tuple[VisionTransformer, Decoder]:
 
 def both_counts(vit: VisionTransformer, llm: Decoder, patches: int, groups: int, text: int) -> tuple[int, int]:
     """FLOPs of a prompt by the two counts, "linear" and "all". text: its tokens besides the `groups` of the image."""
-    tokens, seen = groups + text, vit.flops(patches, groups)
+    tokens, seen = groups + text, vit.flops([patches], groups)
     return seen[0] + llm.flops(tokens, scored=tokens)[0], sum(seen) + sum(llm.flops(tokens))
 
 

@@ -1,10 +1,16 @@
-"""Slow and obvious: the DENSE model of transformers in which dropped tokens are masked out of attention as keys."""
+"""Slow and obvious: the DENSE model of transformers in which dropped tokens are masked out of attention as keys;
+and, by loops, what `events.py` does beyond the paper."""
 
+import itertools
 import math
+import statistics
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
+
+from events import spread_order
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
@@ -59,3 +65,58 @@ def masked_decoder(theirs, embeddings: Tensor, positions: Tensor, keep: Tensor) 
         inputs_embeds=embeddings[None], position_ids=positions[:, None], attention_mask=mask, use_cache=False
     ).last_hidden_state
     return theirs.lm_head(hidden)[0, keep]
+
+
+def cover(w: np.ndarray, keep: int) -> np.ndarray:
+    """The mask of the rule that covers, by every pair of cells. w (T, cells_h, cells_w); returns bool, `keep` True."""
+    cells, rank, kept = list(np.ndindex(w.shape)), spread_order(*w.shape), []
+    u = {cell: float(w[cell]) for cell in cells}
+    k = {(a, b): math.exp(-(math.dist(a, b) ** 2) / 2) for a in cells for b in cells}
+
+    def explains(a) -> float:
+        """What is unexplained around a; the last term decides between equals."""
+        return sum(u[b] * k[a, b] for b in cells) - 1e-9 * (w.max() or 1) * rank[a] / w.size
+
+    for _ in range(keep):
+        kept.append(max((cell for cell in cells if cell not in kept), key=explains))
+        u = {cell: u[cell] * (1 - k[kept[-1], cell]) for cell in cells}
+    mask = np.zeros(w.shape, dtype=bool)
+    for cell in kept:
+        mask[cell] = True
+    return mask
+
+
+def novelty(X_v: np.ndarray, side: int) -> np.ndarray:
+    """G, cell by cell: the smallest of its differences from the cells to the left, above, and in the moment before. X_v
+    (T, H, W, 3), a frame of each moment."""
+    X_v, grey = X_v.astype(int), np.full((side, side, 3), 128)
+    G = np.zeros((len(X_v), X_v.shape[1] // side, X_v.shape[2] // side), dtype=int)
+
+    def cell(t, row, column):
+        inside = row >= 0 and column >= 0
+        return X_v[t, row * side : (row + 1) * side, column * side : (column + 1) * side] if inside else grey
+
+    for t, row, column in np.ndindex(G.shape):
+        others = [cell(t, row, column - 1), cell(t, row - 1, column), *([cell(t - 1, row, column)] if t else [])]
+        G[t, row, column] = min(abs(cell(t, row, column) - other).sum() for other in others)
+    return G
+
+
+def mend(E_v: np.ndarray) -> list[list[float]]:
+    """E_v, pixel by pixel: what is over 10 times the median of the active ones has at most its largest neighbour's
+    count, and its own sign."""
+    rows = E_v.tolist()
+    active = [abs(value) for row in rows for value in row if value]
+
+    def neighbours(y, x):
+        places = itertools.product(range(max(y - 1, 0), y + 2), range(max(x - 1, 0), x + 2))
+        inside = [(v, u) for v, u in places if (v, u) != (y, x) and v < len(rows) and u < len(rows[0])]
+        return [abs(rows[v][u]) for v, u in inside] or [0]
+
+    def mended(y, x):
+        value = rows[y][x]
+        if not value or abs(value) <= 10 * statistics.median(active):
+            return value
+        return math.copysign(min(abs(value), max(neighbours(y, x))), value)
+
+    return [[mended(y, x) for x in range(len(rows[0]))] for y in range(len(rows))]

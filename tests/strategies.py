@@ -67,3 +67,27 @@ def motions(moments=CLIP) -> st.SearchStrategy[np.ndarray]:
 def untied_motions(moments=CLIP) -> st.SearchStrategy[np.ndarray]:
     """S in which no two cells have the same motion."""
     return hnp.arrays(np.float64, cells(moments), elements=st.integers(0, 10**6), unique=True)
+
+
+@st.composite
+def worths(draw, moments=STILL) -> np.ndarray:
+    """w of `cover_mask`, (T, cells_h, cells_w) float64 of at most 6 x 6 cells: whole numbers with many zeros and ties,
+    fractions, or one number everywhere."""
+    some = st.one_of(st.integers(0, 3), st.integers(0, 10**6)), st.floats(0.1, 10), st.just(draw(st.integers(0, 3)))
+    shape = draw(moments), draw(st.integers(1, 6)), draw(st.integers(1, 6))
+    return draw(hnp.arrays(np.float64, shape, elements=draw(st.sampled_from(some))))
+
+
+@st.composite
+def images(draw, moments=CLIP) -> tuple[np.ndarray, int]:
+    """X_v, (T, H, W, 3) uint8 with many equal pixels, and the side of its cells."""
+    side, cells_h, cells_w = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    colours = st.one_of(st.sampled_from([0, 127, 128, 255]), st.integers(0, 255))
+    shape = draw(moments), side * cells_h, side * cells_w, 3
+    return draw(hnp.arrays(np.uint8, shape, elements=colours)), side
+
+
+def hot_maps() -> st.SearchStrategy[np.ndarray]:
+    """E_v, int64 counts of both signs, few of them large."""
+    elements = st.one_of(st.just(0), st.integers(-3, 3), st.integers(-3, 3), st.integers(-128, 127))
+    return hnp.arrays(np.int64, st.tuples(st.integers(1, 7), st.integers(1, 7)), elements=elements)

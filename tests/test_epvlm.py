@@ -33,7 +33,7 @@ import hub
 import tiny
 import weights
 from epvlm import EPVLM, Options, Sampling, main
-from events import RULES, EventMap, novelty, read_events, resize, worth
+from events import RULES, EventMap, budget, cover_mask, novelty, read_events, resize, worth
 from fuzz import READERS, fuzz
 from oracles import group_rows
 from strategies import SPARSITIES, XYTP
@@ -98,6 +98,7 @@ OUT_OF_RANGE = {
         "sparsity": (1.0, -0.1, float("nan")),
         "cell": ("pixel",),
         "rule": ("none",),
+        "hot_pixels": ("drop",),
         "polarity": ("both",),
         "window": ((9, 5), (float("nan"), 5), (0, float("inf"))),
         "order": ("txy", "txyy"),
@@ -129,6 +130,7 @@ FLAGS = {  # field: the words of its flag, its value
     "sparsity": (["0.75"], 0.75),
     "cell": (["patch"], "patch"),
     "rule": (["literal"], "literal"),
+    "hot_pixels": (["mend"], "mend"),
     "polarity": (["signed"], "signed"),
     "sensor": (["84x112"], (84, 112)),
     "window": (["1e6", "1049000"], [1e6, 1049000.0]),
@@ -202,7 +204,7 @@ def test_a_view_keeps_the_patches_of_the_cells_its_rule_keeps(checkpoint, size, 
     cells = np.abs(resize(E_v, H, W)).reshape(view.S.shape[1], -1, view.S.shape[2], W // view.S.shape[2])
     assert np.array_equal(view.S[0], cells.sum(axis=(1, 3)))  # Eq. 5
     side = W // view.S.shape[2]
-    w = worth(view.S, novelty(np.asarray(image.resize((W, H), Image.Resampling.BICUBIC))[None], side))
+    w = worth(view.S, novelty(np.asarray(image.resize((W, H), Image.Resampling.BICUBIC)), None, side)[None])
     mask = RULES[rule](w if rule == "cover" else view.S, 1 - sparsity)  # Eq. 6
     assert np.array_equal(view.keep, np.kron(mask, np.ones((1, 2, 2))) if cell == "group" else mask)
     assert np.array_equal(view.groups, view.keep.numpy().reshape(1, H // 28, 2, W // 28, 2).any(axis=(2, 4)))
@@ -215,6 +217,59 @@ def test_without_events_all_is_kept(files):
     assert dense.S is None and str(dense) == "kept 48 of 48 patches (12 of 12 tokens), no events"
     assert dense.keep.all() and dense.groups.all()
     assert torch.equal(dense.patches, zero.patches) and torch.equal(dense.keep, zero.keep)
+    assert model.look("image.png", None, Options(rule="literal")).keep.all()
+
+
+@given(
+    st.tuples(st.integers(28, 200), st.integers(28, 200)),
+    SPARSITIES,
+    st.sampled_from(["group", "patch"]),
+    st.booleans(),
+)
+def test_a_rule_that_covers_needs_no_events(checkpoint, size, sparsity, cell, plain):
+    """It keeps exactly the budget of groups, or of patches; by what is new in the image, evenly if nothing is."""
+    model, image = checkpoint.model, Image.new("RGB", size) if plain else tiny.noise(*size)
+    view, dense = model.look(image, None, Options(sparsity, cell, "cover")), model.look(image)
+    H, W = (14 * side for side in dense.keep.shape[1:])
+    G = novelty(np.asarray(image.resize((W, H), Image.Resampling.BICUBIC)), None, 28 if cell == "group" else 14)[None]
+    mask = cover_mask(worth(None, G), 1 - sparsity)
+    assert np.array_equal(view.groups if cell == "group" else view.keep, mask)
+    assert mask.sum() == budget(G.size, 1 - sparsity) and len(view.patches) == mask.sum() * (
+        4 if cell == "group" else 1
+    )
+    assert view.S is None and str(view).endswith(f"({view.tokens} of {view.groups.numel()} tokens), no events")
+    assert torch.equal(view.patches, dense.patches[group_rows(view.keep)])  # at sparsity 0 those of the dense image
+    assert sparsity or view.keep.all()
+
+
+def test_covering_follows_the_image_and_the_events(checkpoint):
+    """The lower right group is noise, the rest grey; the upper left one has the events."""
+    image, E_v, options = Image.new("RGB", (84, 112), "#808080"), np.zeros((112, 84)), Options(0.9, rule="cover")
+    image.paste(tiny.noise(28, 28), (56, 84))
+    E_v[:28, :28] = 1
+    still, both = (checkpoint.model.look(image, events, options).groups[0] for events in (None, E_v))
+    assert still.sum() == both.sum() == 2
+    assert still[3, 2] and not still[0, 0] and both[3, 2] and both[0, 0]
+    for empty, words in ((np.zeros(0, XYTP), "no events at all"), (np.zeros((9, 9)), "zero everywhere")):
+        with pytest.warns(UserWarning, match=words):
+            view = checkpoint.model.look(image, empty, options)
+        assert torch.equal(view.groups[0], still) and not view.S.any()
+
+
+def test_a_hot_pixel_takes_a_place_unless_mended(files, capsys, monkeypatch):
+    """It is far from the other events: mended, it counts as its silent neighbours do."""
+    hot = np.zeros(1100, np.load("events.npy").dtype)
+    hot[:100], hot["t"][100:], hot["x"][100:], hot["y"][100:] = np.load("events.npy"), 1050, 70, 100
+    np.save("hot.npy", hot)
+    seen, look = [], EPVLM.look
+    monkeypatch.setattr(EPVLM, "look", lambda *given: seen.append(look(*given)) or seen[-1])
+    for arguments in (["events.npy"], ["hot.npy"], ["hot.npy", "--hot-pixels", "mend"]):
+        assert main(["image.png", *arguments, *ASK]) == 0
+    without, kept, mended = (view.groups for view in seen)
+    assert kept[0, 3, 2] and not without[0, 3, 2] and torch.equal(mended, without)
+    assert np.array_equal(seen[2].S, seen[0].S)
+    (warning,) = (line for line in lines(capsys)[1] if "warning" in line)
+    assert re.match(r"epvlm: warning: hot.npy: 20 pixels hold 9\d % .* hot_pixels mend$", warning)
 
 
 def test_inputs_are_paths_or_what_was_read_from_them(files):
@@ -242,8 +297,11 @@ def test_a_map_needs_no_sensor_and_has_no_times(files):
     assert not view.keep[0, :4].any() and view.keep[0, 4:].all() and "map of 240 x 180" in str(view)
     for again in (model.look("image.png", E_v, Options(sensor=[240, 180])), model.look("image.png", EventMap(E_v))):
         assert torch.equal(again.keep, view.keep)
-    for options in (Options(window=(0, 1)), Options(sensor=(180, 240))):
-        with pytest.raises(ValueError, match="leave window and sensor out"):
+    for options, words in (
+        (Options(window=(0, 1)), "leave window out"),
+        (Options(sensor=(180, 240)), "leave sensor out"),
+    ):
+        with pytest.raises(ValueError, match=words):
             model.look("image.png", E_v, options)
 
 
@@ -465,7 +523,7 @@ def test_reading_adds_the_cache_alone(checkpoint):
 # Room
 
 
-REMEDY = r"give max_pixels (\d+) or less, or with events sparsity (0\.\d\d) or more, or shorten the question"
+REMEDY = r"give max_pixels (\d+) or less, or with events, or the rule cover, sparsity (0\.\d\d) or more"
 LARGE = Options(max_pixels=10**7)
 
 
@@ -488,7 +546,7 @@ def test_what_is_too_long_is_refused_with_what_brings_it_under(shipped, monkeypa
 
     monkeypatch.setattr(weights, "free_memory", lambda device: free)
     with monkeypatch.context() as patched:
-        patched.setattr(epvlm, "pixels", lambda *_: pytest.fail("worked"))
+        patched.setattr(epvlm.Clip, "pixels", lambda *_: pytest.fail("worked"))
         with pytest.raises(ValueError, match=f"^{tokens} tokens of the image and 21 of text exceed {over}") as caught:
             look(10**7)
     pixels, sparsity = re.search(REMEDY, str(caught.value)).groups()
@@ -527,6 +585,13 @@ def test_what_brings_it_under_counts_the_question(shipped, down, across):
         shipped.look(image, np.ones((50, 50)), replace(LARGE, sparsity=float(sparsity))),
     ):
         assert len(shipped.prompt(view, question)[0]) + 127 <= 1024
+
+
+def test_a_rule_that_covers_makes_room_without_events(shipped):
+    image = Image.new("RGB", (1400, 1400))
+    assert shipped.look(image, None, replace(LARGE, sparsity=0.7, rule="cover")).tokens == 750
+    with pytest.raises(ValueError, match="2500 tokens of the image"):
+        shipped.look(image, None, replace(LARGE, sparsity=0.7))
 
 
 def test_what_is_too_long_is_refused_before_any_work(shipped, monkeypatch):
@@ -625,6 +690,15 @@ def test_the_default_model_comes_from_the_hub(files, folder, capsys):
 def test_none_is_the_dense_image(files, capsys):
     assert main(["image.png", "none", *ASK]) == 0
     assert kept(lines(capsys)[1]) == "kept 48 of 48 patches (12 of 12 tokens), no events"
+
+
+def test_none_with_a_rule_that_covers_drops(files, capsys):
+    assert main(["image.png", "none", *ASK, "--rule", "cover"]) == 0
+    out, err = lines(capsys)
+    assert kept(err) == "kept 24 of 48 patches (6 of 12 tokens), no events"
+    model, options = EPVLM.from_pretrained("model"), Options(rule="cover")
+    assert out == [model.answer("image.png", None, QUESTION, options, Sampling(1))]
+    assert not torch.equal(model.look("image.png", None, options).keep, model.look("image.png", "events.npy").keep)
 
 
 def test_the_real_frame_and_window(checkpoint, data, capsys):

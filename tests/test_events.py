@@ -16,20 +16,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import oracles
 from events import (
+    ALPHA,
+    BETA,
+    GREY,
     LAYOUTS,
     MICROSECONDS,
+    RHO,
+    RULES,
     EventMap,
     Events,
     budget,
     budget_mask,
+    cover_mask,
     literal_mask,
+    mend,
     motion,
+    novelty,
     read_events,
     resize,
     spread_order,
+    worth,
 )
-from strategies import CLIP, SPARSITIES, XYTP, cells, motions, recordings, untied_motions
+from strategies import CLIP, SPARSITIES, XYTP, cells, hot_maps, images, motions, recordings, untied_motions, worths
 
 
 def rows_of(*rows, dtype=XYTP) -> np.ndarray:
@@ -52,6 +62,14 @@ def slow_count(rows: np.ndarray, width: int, height: int, polarity: str = "count
     for x, y, _, p in rows.tolist():
         E_v[y][x] += 1 if p > 0 or polarity == "count" else -1
     return np.array(E_v)
+
+
+def fired(counts: np.ndarray, p: int = 0) -> np.ndarray:
+    """A recording that has `counts` (height, width) of events at its pixels, all of one polarity."""
+    rows = np.zeros(counts.sum(), XYTP)
+    rows["y"], rows["x"] = np.divmod(np.repeat(np.arange(counts.size), counts.ravel()), counts.shape[1])
+    rows["t"], rows["p"] = np.arange(len(rows)), p
+    return rows
 
 
 def slow_resize(E_v: np.ndarray, height: int, width: int) -> list[list[Fraction]]:
@@ -317,7 +335,8 @@ PICKLE = file("e.npy", lambda path: np.save(path, {"x": 1}))
 POLARITIES = "; store polarities as 0 and 1, -1 and +1, or bool"
 CONVERT = "); give a whole .npy or .npz (README.md, Input, says how to convert other files and pickles)"
 OUTSIDE = "events cover x 3 to 9 and y 20 to 39, not inside {} pixels; give the camera's size as sensor, WIDTHxHEIGHT"
-MAP = "an event map of 5 x 5 has no times and only its own size; leave window and sensor out"
+HOT = fired(np.where(np.arange(1200).reshape(30, 40) < 20, 22, 1))
+MAP = "an event map of 5 x 5 has only its own size; leave sensor out"
 
 MESSAGES = [  # how it ends, what is read, how it is aligned
     ("p goes from 0 to 3" + POLARITIES, two(p=[0, 3]), None),
@@ -349,25 +368,31 @@ MESSAGES = [  # how it ends, what is read, how it is aligned
     ("events cover x -1 to 0 and y 0 to 1, not inside 9 x 9 pixels; drop those below 0", two(x=[-1, 0]), ((9, 9),)),
     ("a sensor of 0 x 9; give its real size", two(), ((9, 9), (0, 9))),
     ("a sensor of 99999 x 99999; give its real size", two(), ((9, 9), (99_999, 99_999))),
-    ("no event from 2 to 4.5 us, it goes from 0 to 1 us; change window or time_unit", two(), ((2, 2), None, (2, 4.5))),
+    ("no event from 2 to 4.5 us, it goes from 0 to 1 us; change window or time_unit, or give the frames' times on the "
+     "events' clock", two(), ((2, 2),), (2, 4.5)),
+    ("no event from 0.2 to 0.7 us, it goes from 0 to 1 us; they cannot say which cells matter", two(), ((2, 2),),
+     (0.2, 0.7)),
+    ("an event map of 5 x 5 has no times; leave window out, and give a clip a recording", np.ones((5, 5)), ((9, 9),),
+     (0, 1)),
     (MAP, EventMap(np.eye(5)), ((9, 9), (9, 9))),
-    (MAP, EventMap(np.eye(5)), ((9, 9), None, (0, 9))),
     # warnings
     ("the events: times have fractions and span only 0.25; taken as microseconds, if they are not, give time_unit s, "
      "ms or ns (us silences this)", two(t=[0.25, 0.5]), None),
-    ("the events: no events at all; the cells that are kept mean nothing", ODD[:0][list("xytp")], ((9, 9),)),
+    ("the events: no events at all; they cannot say which cells matter", ODD[:0][list("xytp")], ((9, 9),)),
     ("all events lie in the image's first quarter; if the event camera is smaller, give its size as sensor", two(),
      ((9, 9),)),
     ("a sensor of 8 x 2 pixels, an image of 4 x 3; they must show the same", two(), ((4, 3), (8, 2))),
-    ("the event map is zero everywhere; the cells that are kept mean nothing", np.zeros((5, 5)), ((9, 9),)),
+    ("the event map is zero everywhere; it cannot say which cells matter", np.zeros((5, 5)), ((9, 9),)),
+    ("the events: 20 pixels hold 27 % of the events; if they are hot, give hot_pixels mend", HOT, ((40, 30),)),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("words, source, alignment", MESSAGES, ids=[words for words, *_ in MESSAGES])
-def test_messages(tmp_path, words, source, alignment):
+@pytest.mark.parametrize("words, source, alignment, window", [(*row, None)[:4] for row in MESSAGES])
+def test_messages(tmp_path, words, source, alignment, window):
     with warnings.catch_warnings(action="error"), pytest.raises((ValueError, UserWarning)) as raised:
         events = read_events(source(tmp_path) if callable(source) else source)
-        events.align(*alignment)
+        (events,) = events.align(*alignment).cut(window and np.array(window))
+        events.accumulate()
     assert str(raised.value).endswith(words) and "\n" not in str(raised.value)
 
 
@@ -383,11 +408,11 @@ def test_windows_are_microseconds_whatever_the_file_stores(unit, kind):
     rows["t"], rows["x"] = stored if kind == "f8" else np.round(stored), np.arange(5)
     with warnings.catch_warnings(action="error"):  # the unit is given: no warning
         events = read_events(rows, time_unit=unit)
-    inside = events.within((1_000_000, 67_000_000))
+    inside = events.cut(np.array((1_000_000, 67_000_000)))[0]
     assert inside.x.tolist()[:3] == [1, 2, 3]
     if kind == "f8" or unit in ("us", "ns"):
         assert inside.x.tolist() == [1, 2, 3] and str(inside) == "3 events in 66000.0 ms"
-        assert events.within((67_000_001, 67_000_001)).x.tolist() == [4]
+        assert events.cut(np.array((67_000_001, 67_000_001)))[0].x.tolist() == [4]
         assert events.span == pytest.approx((0, 67_000_001))
 
 
@@ -396,26 +421,28 @@ def test_a_window_holds_both_its_ends(recording, start, length):
     rows, _ = recording
     inside = [row for row in rows.tolist() if start <= row[2] <= start + length]
     if inside:
-        found = read_events(rows).within((start, start + length))
+        found = read_events(rows).cut(np.array((start, start + length)))[0]
         assert columns(found) == [list(column) for column in zip(*inside, strict=True)]
     else:
-        with pytest.raises(ValueError, match="window"):
-            read_events(rows).within((start, start + length))
+        lies_within = rows["t"].min() <= start + length and start <= rows["t"].max()
+        outcome = pytest.warns(UserWarning) if lies_within else pytest.raises(ValueError, match="window")
+        with outcome:
+            read_events(rows).cut(np.array((start, start + length)))
     whole = read_events(rows)
-    assert len(whole.within(whole.span)) == len(rows)  # the last timestamp is not lost
+    assert len(whole.cut(np.array(whole.span))[0]) == len(rows)  # the last timestamp is not lost
 
 
 def test_a_window_between_whole_times():
     rows = rows_of((0, 0, 10, 0), (1, 0, 20, 0), (2, 0, 30, 0))
-    assert read_events(rows, time_unit="ms").within((10_001, 29_999)).x.tolist() == [1]
+    assert read_events(rows, time_unit="ms").cut(np.array((10_001, 29_999)))[0].x.tolist() == [1]
 
 
 def test_large_clocks_are_exact_to_a_quarter_of_a_microsecond():
     """Nanoseconds since 1970: more than 32 bits, and than float64 holds exactly."""
     start = 1_700_000_000_000_000  # microseconds
     events = read_events(two(t=1000 * start + np.array([0, 1000])), time_unit="ns")
-    assert events.within((start, start)).x.tolist() == [0]
-    assert events.within((start + 1, start + 1)).x.tolist() == [1]
+    assert events.cut(np.array((start, start)))[0].x.tolist() == [0]
+    assert events.cut(np.array((start + 1, start + 1)))[0].x.tolist() == [1]
     assert events.span == (start, start + 1)
 
 
@@ -429,7 +456,7 @@ def test_windows_on_whole_microseconds_of_a_large_clock_are_exact(dtype):
     )
     assert events.t.astype(np.int64).tolist() == times.tolist()
     for first, last in np.sort(rng.integers(0, 300, (200, 2))).tolist():
-        inside = events.within((float(times[first]), float(times[last])))
+        inside = events.cut(np.array((float(times[first]), float(times[last]))))[0]
         assert inside.x.tolist() == list(range(first, last + 1))
 
 
@@ -442,7 +469,7 @@ def test_small_dtypes_of_times_do_not_overflow(dtype):
 def test_reversed_and_equal_times_lose_nothing(times):
     rows = ROWS.copy()
     rows["t"] = times
-    assert len(read_events(rows).within((2, 9))) == 4
+    assert len(read_events(rows).cut(np.array((2, 9)))[0]) == 4
     assert np.array_equal(count(rows, 6, 3), slow_count(ROWS, 6, 3))
 
 
@@ -463,7 +490,7 @@ def test_a_recording_is_aligned_with_the_image_or_its_sensor():
     assert str(events) == "4 events in 0.2 ms" and events.span == (0, 250)
     aligned = events.align((6, 3))
     assert aligned.sensor == (6, 3) and aligned.window is None and aligned.accumulate().shape == (3, 6)
-    aligned = events.align((60, 30), (6, 3), (40, 1040))
+    (aligned,) = events.align((60, 30), (6, 3)).cut(np.array((40, 1040)))
     assert aligned.sensor == (6, 3) and columns(aligned) == [column[1:] for column in EXPECTED]
     assert str(aligned) == "3 events in 1.0 ms" and aligned.window == (40, 1040)  # the window's length, not the span's
     assert events.sensor is None and len(events) == 4
@@ -471,18 +498,17 @@ def test_a_recording_is_aligned_with_the_image_or_its_sensor():
 
 def test_a_recording_without_events():
     with pytest.warns(UserWarning, match="^the events: "):
-        aligned = read_events(ROWS[:0]).align((6, 3), window=(0, 500))
+        (aligned,) = read_events(ROWS[:0]).align((6, 3)).cut(np.array((0, 500)))
     assert len(aligned) == 0 and str(aligned) == "0 events in 0.5 ms"
     assert aligned.span == (0, 0) and aligned.accumulate().tolist() == [[0] * 6] * 3
 
 
 @pytest.mark.parametrize("place", [(-1, 0), (0, -1), (6, 0), (0, 3)])
-@pytest.mark.parametrize("window", [None, (0, 0)])
-def test_events_outside_the_sensor_are_refused_also_those_outside_the_window(place, window):
+def test_events_outside_the_sensor_are_refused(place):
     rows = rows_of((0, 0, 0, 0), (*place, 1, 0), dtype=[(name, int) for name in "xytp"])
     for size, sensor in (((6, 3), None), ((600, 300), (6, 3))):
         with pytest.raises(ValueError, match="6 x 3"):
-            read_events(rows).align(size, sensor, window)
+            read_events(rows).align(size, sensor)
 
 
 @pytest.mark.parametrize(
@@ -552,6 +578,85 @@ def test_counts_do_not_overflow():
     E_v = count(rows, 240, 180)
     assert E_v[150, 200] == 40_000 == E_v.sum()
     assert count(rows, 240, 180, "signed")[150, 200] == -40_000
+
+
+# Hot pixels
+
+
+@given(hot_maps(), st.sampled_from(["i8", "i1", "u1", "?", "f4"]))
+def test_mending_is_the_loop(E_v, dtype):
+    """Of a map of any type; it is not written to."""
+    E_v = E_v.astype(dtype) if dtype != "u1" else np.abs(E_v).astype(dtype)
+    expected = oracles.mend(E_v.astype(float))
+    E_v.flags.writeable = False
+    assert np.array_equal(mend(E_v), expected)
+
+
+@given(hot_maps())
+def test_mending_lowers_what_is_hot_and_nothing_else(E_v):
+    mended, count = mend(E_v), np.abs(E_v)
+    hot = count > 10 * np.median(count[count > 0]) if count.any() else count > 0
+    assert np.array_equal(mended[~hot], E_v[~hot])
+    assert (np.abs(mended) <= count).all() and (mended * E_v >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "E_v, expected",
+    [
+        ([[2, 1, 0], [1, -99, 3], [0, 2, 1]], [[2, 1, 0], [1, -3, 3], [0, 2, 1]]),  # the largest around it, its sign
+        ([[1, 10, 1], [1, 1, 1]], [[1, 10, 1], [1, 1, 1]]),  # not over 10 times the median
+        ([[1, 11, 1], [1, 1, 1]], [[1, 1, 1], [1, 1, 1]]),
+        ([[99, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]], [[0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1]]),  # silent neighbours
+        ([[50, -80, 1, 1, 1]], [[50, -50, 1, 1, 1]]),  # of two that are hot the busier
+        ([[0, 0], [0, 0]], [[0, 0], [0, 0]]),
+        ([[7]], [[7]]),
+    ],
+)
+def test_mending_examples(E_v, expected):
+    with warnings.catch_warnings(action="error"):
+        assert mend(np.array(E_v)).tolist() == expected
+
+
+@pytest.mark.parametrize("polarity", ["count", "signed"])
+def test_hot_pixels_are_mended_where_events_are_accumulated(polarity):
+    counts = np.ones((30, 40), dtype=int)
+    counts[20, 10], counts[5, 5:8] = 2000, 3
+    rows = np.concatenate([fired(counts), fired(counts[:9], p=1)])
+    aligned, expected = read_events(rows).align((40, 30)), slow_count(rows, 40, 30, polarity)
+    with warnings.catch_warnings(action="error"):
+        mended = aligned.accumulate(polarity, "mend")
+    expected[20, 10] = 1 if polarity == "count" else -1
+    assert np.array_equal(mended, expected)
+    assert np.array_equal(EventMap(counts).accumulate(hot_pixels="mend"), mend(counts))
+    assert np.array_equal(EventMap(counts).accumulate(), counts)
+
+
+@pytest.mark.parametrize("polarity", ["count", "signed"])
+@pytest.mark.parametrize("busiest, total, warns", [(251, 1000, True), (250, 1000, False), (251, 999, False)])
+def test_twenty_pixels_over_a_quarter_of_a_thousand_events_warn(polarity, busiest, total, warns):
+    """The 20 are spread over the sensor and hold 12 or 13 events each, others none or one."""
+    pixels = np.random.default_rng(0).permutation(40 * 30)
+    counts = np.zeros(40 * 30, dtype=int)
+    counts[pixels[:20]] = busiest // 20
+    counts[pixels[: busiest % 20]] += 1
+    counts[pixels[20 : 20 + total - busiest]] = 1
+    aligned = read_events(fired(counts.reshape(30, 40))).align((40, 30))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        E_v = aligned.accumulate(polarity)
+        aligned.accumulate(polarity, "mend")
+    assert [str(warning.message) for warning in caught] == [
+        "the events: 20 pixels hold 25 % of the events; if they are hot, give hot_pixels mend"
+    ] * warns
+    assert np.array_equal(np.abs(E_v).ravel(), counts)
+
+
+@pytest.mark.parametrize("width, height", [(1, 1), (19, 1), (4, 5)])
+def test_a_sensor_of_at_most_twenty_pixels_warns_and_is_counted(width, height):
+    counts = np.full((height, width), 1000)
+    aligned = read_events(fired(counts)).align((width, height), (width, height))
+    with pytest.warns(UserWarning, match="20 pixels hold 100 % "):
+        assert np.array_equal(aligned.accumulate(), counts)
 
 
 # Resizing
@@ -649,7 +754,7 @@ def test_the_literal_mask_keeps_all_ties(S, sparsity):
 @given(motions(), SPARSITIES, SPARSITIES)
 def test_more_sparsity_keeps_a_subset(S, one, other):
     less, more = sorted((one, other))
-    for rule in (budget_mask, literal_mask):
+    for rule in RULES.values():
         assert not (rule(S, 1 - more) & ~rule(S, 1 - less)).any()
 
 
@@ -669,10 +774,10 @@ def test_the_budget_is_not_off_by_rounding():
 @given(st.integers(1, 3), st.integers(8, 40), st.integers(8, 40), st.floats(0.05, 1))
 def test_ties_are_broken_evenly(T, cells_h, cells_w, tau):
     """Of an empty map, any part of the grid keeps about its share, within the grain of a 4 x 4 Bayer matrix, and any
-    moment as much as another."""
+    moment as much as another, but for a row and a column that an odd grid has more of one kind than of the other."""
     mask = budget_mask(np.zeros((T, cells_h, cells_w)), tau)
     kept = mask.sum(axis=(1, 2))
-    assert kept.max() - kept.min() <= 1
+    assert kept.max() - kept.min() <= 1 + (cells_h % 2) * cells_w + (cells_w % 2) * cells_h
     for u in (0, cells_h - cells_h // 8 * 4):
         for v in (0, cells_w - cells_w // 8 * 4):
             part = mask[:, u : u + cells_h // 8 * 4, v : v + cells_w // 8 * 4]
@@ -682,12 +787,149 @@ def test_ties_are_broken_evenly(T, cells_h, cells_w, tau):
 @given(cells(CLIP))
 def test_spread_order_ranks_each_cell_of_a_moment_differently(shape):
     order = spread_order(*shape)
-    assert order.shape == shape and order.dtype == np.int64 and (order == order[0]).all()
-    assert len(np.unique(order[0])) == order[0].size
+    assert order.shape == shape and order.dtype == np.int64
+    assert all(len(np.unique(moment)) == moment.size for moment in order)
+
+
+def test_ties_show_other_places_from_moment_to_moment():
+    """A quarter of each of four moments shows every place; without the shift it would be the same quarter each time."""
+    assert budget_mask(np.zeros((4, 16, 16)), 0.25).any(axis=0).all()
 
 
 def test_spread_order_example():
     assert spread_order(1, 2, 2).tolist() == [[[0, 2], [3, 1]]]
+
+
+# A rule that covers
+
+
+def tau_of(cells: int, keep: int) -> float:
+    """A tau whose budget is `keep` of the cells."""
+    tau = 1 - (cells - keep) / max(cells - 1, 1)
+    assert budget(cells, tau) == keep
+    return tau
+
+
+@given(worths(), st.data())
+def test_the_mask_that_covers_is_the_loop(w, data):
+    keep = data.draw(st.integers(1, w.size))
+    mask = cover_mask(w, tau_of(w.size, keep))
+    assert mask.shape == w.shape and mask.dtype == bool
+    assert np.array_equal(mask, oracles.cover(w, keep))
+
+
+@given(st.integers(2, 3), st.integers(1, 5), st.integers(1, 5), st.integers(0, 2**32 - 1), st.data())
+def test_what_is_kept_at_one_moment_explains_nothing_of_another(T, cells_h, cells_w, seed, data):
+    w = np.random.default_rng(seed).random((T, cells_h, cells_w))
+    keep = data.draw(st.integers(1, w.size))
+    assert np.array_equal(cover_mask(w, tau_of(w.size, keep)), oracles.cover(w, keep))
+
+
+@given(worths(CLIP), SPARSITIES)
+def test_the_mask_that_covers_keeps_the_budget_and_writes_to_nothing(w, sparsity):
+    before = w.copy()
+    mask = cover_mask(w, 1 - sparsity)
+    assert mask.sum() == budget(w.size, 1 - sparsity) and np.array_equal(w, before)
+    w.flags.writeable = False
+    assert np.array_equal(cover_mask(w, 1 - sparsity), mask)
+
+
+def test_covering_example():
+    w = np.array([[[3.0, 2, 0, 2]]])
+    kept = [cover_mask(w, tau_of(4, keep))[0, 0].nonzero()[0].tolist() for keep in (1, 2, 3, 4)]
+    assert kept == [[0], [0, 3], [0, 1, 3], [0, 1, 2, 3]]
+
+
+@given(st.integers(8, 12), st.integers(8, 12), st.floats(0.45, 0.95), st.data())
+def test_of_two_equal_neighbours_the_second_waits_for_what_is_unexplained(cells_h, cells_w, less, data):
+    """Eq. 6 keeps both first. Far from them is a cell of less worth, which covering keeps instead of the second."""
+    S = np.zeros((1, cells_h, cells_w))
+    row, column = data.draw(st.integers(0, cells_h - 2)), data.draw(st.integers(0, cells_w - 2))
+    pair = data.draw(st.sampled_from([((0, 0), (0, 1)), ((0, 0), (1, 0))]))
+    pair = [(0, row + down, column + right) for down, right in pair]
+    away = [at for at in np.ndindex(S.shape) if min(math.dist(at, one) for one in pair) >= 4]
+    far = data.draw(st.sampled_from(away))
+    for at, value in zip((*pair, far), (1, 1, less), strict=True):
+        S[at] = value
+    tau = tau_of(S.size, 2)
+    assert {tuple(at) for at in np.argwhere(budget_mask(S, tau)).tolist()} == set(pair)
+    one, other = (tuple(at) for at in np.argwhere(cover_mask(S, tau)).tolist())
+    assert far in (one, other) and ({one, other} - {far}) < set(pair)
+    assert cover_mask(S, tau_of(S.size, 3))[tuple(zip(*pair, strict=True))].all()
+
+
+@given(worths(), SPARSITIES, st.sampled_from([2.0**-60, 3, 1000, 2.0**60]))
+def test_a_common_scale_changes_nothing_of_what_covers(w, sparsity, scale):
+    assert np.array_equal(cover_mask(w * scale, 1 - sparsity), cover_mask(w, 1 - sparsity))
+
+
+def novelties(X_v: np.ndarray, side: int) -> np.ndarray:
+    """G of a clip, of which X_v (T, H, W, 3) has a frame for each moment."""
+    return np.stack([novelty(frame, before, side) for frame, before in zip(X_v, [None, *X_v[:-1]], strict=True)])
+
+
+@given(images())
+def test_novelty_is_the_loop(image):
+    X_v, side = image
+    before = X_v.copy()
+    X_v.flags.writeable = False
+    assert novelties(X_v, side).tolist() == oracles.novelty(before, side).tolist()
+
+
+@pytest.mark.parametrize("shade", [0, GREY - 1, GREY, 255])
+def test_of_one_colour_only_the_first_cell_can_be_new(shade):
+    G = novelties(np.full((2, 84, 56, 3), shade, np.uint8), 28)
+    expected = np.zeros((2, 3, 2))
+    expected[0, 0, 0] = abs(shade - 128) * 28 * 28 * 3
+    assert np.array_equal(G, expected)
+
+
+@pytest.mark.parametrize("inside, around", [(0, 255), (255, 0)])
+def test_differences_of_uint8_do_not_wrap(inside, around):
+    X_v = np.full((1, 42, 42, 3), around, np.uint8)
+    X_v[:, 14:28, 14:28] = inside
+    assert novelties(X_v, 14)[0].tolist() == [
+        [(127 if around else 128) * 588, 0, 0],
+        [0, 255 * 588, 0],  # the cell after it has one like itself above it
+        [0, 0, 0],
+    ]
+
+
+@given(images(), st.data())
+def test_a_cell_like_its_left_or_upper_neighbour_is_not_new(image, data):
+    X_v, side = image
+    T, rows, columns = X_v.shape[0], X_v.shape[1] // side, X_v.shape[2] // side
+    places = [(r, c, *step) for r, c in np.ndindex(rows, columns) for step in ((0, 1), (1, 0))]
+    places = [(r, c, down, right) for r, c, down, right in places if r >= down and c >= right]
+    if places:
+        row, column, down, right = data.draw(st.sampled_from(places))
+        cells = X_v.reshape(T, rows, side, columns, side, 3)
+        cells[:, row, :, column] = cells[:, row - down, :, column - right]
+        assert (novelties(X_v, side)[:, row, column] == 0).all()
+
+
+def test_worth_example():
+    S, G = np.array([[[0.0, 4]]]), np.array([[[3, 1]]], dtype=np.uint64)
+    expected = [RHO + 1.5 * BETA, RHO + 2 * ALPHA + 0.5 * BETA]
+    assert worth(S, G).dtype == np.float64 and worth(S, G)[0, 0].tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("novel", [True, False])
+@pytest.mark.parametrize("moving", [True, False, None])
+def test_each_term_of_worth_has_its_share_whatever_its_unit(moving, novel):
+    """On average; a term that is zero everywhere, or without events, is left out."""
+    rng = np.random.default_rng(0)
+    S = None if moving is None else moving * 28.0**2 * rng.integers(0, 99, (2, 3, 4))
+    G = novel * rng.integers(0, 10**6, (2, 3, 4)).astype(np.uint64)
+    with warnings.catch_warnings(action="error"):
+        w = worth(S, G)
+    assert w.shape == (2, 3, 4) and w.dtype == np.float64
+    assert w.mean() == pytest.approx(RHO + ALPHA * bool(moving) + BETA * novel)
+    assert (w == RHO).all() == (not moving and not novel) and w.min() >= RHO > 0
+    if moving:
+        assert np.allclose(worth(1000 * S, G), w)
+    if novel:
+        assert np.allclose(worth(S, G * np.uint64(1000)), w)
 
 
 def test_the_real_recording(data):
@@ -697,6 +939,6 @@ def test_the_real_recording(data):
     chosen = text[(text[:, 0] >= 0.0675) & (text[:, 0] <= 0.0875)]
     expected = slow_count(rows_of(*map(tuple, chosen[:, [1, 2, 0, 3]])), 240, 180)
     for events in (read_events(folder / "events_xypt_us.npy"), read_events(text, time_unit="s")):  # t x y p: found
-        shown = events.align((240, 180), window=(67500, 87500))
+        shown = events.align((240, 180)).cut(np.array((67500, 87500)))[0]
         assert len(shown) == len(chosen) == 6957 and str(shown) == "6957 events in 20.0 ms"
         assert np.array_equal(shown.accumulate(), expected)

@@ -82,7 +82,7 @@ def test_costs_are_those_of_the_paper_to_the_digit_where_it_agrees_with_itself()
             assert float(row[6]) == pytest.approx(float(row[2]) / 2, abs=0.011) and float(row[7]) == printed.macs
             vit, llm = modules(MODELS[name])
             groups = budget(1764, 1 - sparsity)
-            everything = sum(vit.flops(4 * groups, groups) + llm.flops(groups + 62)) / 1e12
+            everything = sum(vit.flops([4 * groups], groups) + llm.flops(groups + 62)) / 1e12
             assert row[5] == f"{everything:.2f}" and float(row[9]) == pytest.approx(everything / 2, abs=0.006)
     misfits = [line for line in done.stdout.splitlines() if "its count gives" in line]
     assert misfits == [
@@ -111,7 +111,7 @@ def test_sizes_are_those_of_the_published_configs(data, tmp_path, name):
 def test_another_image_and_text_can_be_given_and_wrong_ones_are_refused():
     small = cells(call("costs", "--patches", 64, "--text", 5).stdout)
     vit, llm = modules(MODELS["2B"])
-    linear = vit.flops(64, 16)[0] + llm.flops(16 + 5 + 2, 16 + 5 + 2)[0]
+    linear = vit.flops([64], 16)[0] + llm.flops(16 + 5 + 2, 16 + 5 + 2)[0]
     assert small[0][4] == f"{linear / 1e12:.2f}"
     for wrong in (("--patches", 66), ("--patches", 0), ("--text", 0)):
         done = call("costs", *wrong)
@@ -203,7 +203,7 @@ def test_every_question_is_asked_and_scored(rwqa, single):
         assert (record["tokens"], record["of"]) == (int(view.groups.sum()), view.groups.numel())
         assert record["all"] == model.flops(view, row.question)[0]
         patches, length = len(view.patches), len(model.prompt(view, row.question)[0])
-        linear = model.vit.flops(patches, record["tokens"])[0] + model.llm.flops(length, length)[0]
+        linear = model.vit.flops([patches], record["tokens"])[0] + model.llm.flops(length, length)[0]
         assert record["linear"] == linear and record["tokens"] <= record["of"] and record["seconds"] > 0
     right = [r["exact"] for r in found if r["sparsity"] == 0 and "exact" in r]
     dense = cells(done.stdout)[0]
