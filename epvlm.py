@@ -14,8 +14,8 @@ Glossary
     keep, groups     the mask by patch (T, grid_h, grid_w) and by group (T, groups_h, groups_w): True keeps, False drops
     sparsity         fraction of cells dropped, as in Table 1; Eq. 6's tau = 1 - sparsity is the fraction kept
 
-What differs from plain Qwen2-VL: the mask. With nothing dropped, as without events, this is plain Qwen2-VL; only the
-rule `cover`, which is ours and not the paper's, drops without events.
+What differs from plain Qwen2-VL: the mask. With nothing dropped this is plain Qwen2-VL. Without events nothing is
+dropped, except by the rule `cover`, which is ours and then sees the image alone.
 """
 
 import argparse
@@ -66,9 +66,7 @@ class Options:
     sparsity: float = flag(0.5, "fraction of cells dropped, in [0, 1); 0 keeps everything", type=float)
     cell: str = flag("group", "the mask decides on 28 x 28 pixels, or on 14 x 14", choices=("group", "patch"))
     rule: str = flag("exact", "Eq. 6 with ties broken, Eq. 6 as printed, or ours", choices=tuple(RULES))
-    hot_pixels: str = flag(
-        "keep", "pixels that fire without a cause, or cut to their neighbours", choices=("keep", "mend")
-    )
+    hot_pixels: str = flag("keep", "pixels that fire without a cause; mend lowers them", choices=("keep", "mend"))
     polarity: str = flag("count", "every event counts, or on and off cancel", choices=("count", "signed"))
     sensor: tuple[int, int] | None = flag(None, "event camera's (default: the image's)", type=size, metavar="WxH")
     window: tuple[float, float] | None = flag(
@@ -148,30 +146,35 @@ class EPVLM:
         return cls(weights.load(model, revision, device, dtype))
 
     def look(self, image: str | Path | Image.Image | Clip, events=None, options: Options = Options()) -> View:
-        """Chooses the patches of an image, or of a clip, by its events; no layer of the model runs. events: a path, an
-        array, or what `events.read_events` made of one; None for the dense image, or with the rule "cover" for a mask
-        of the image alone. Raises ValueError that names the value and the remedy. Warns of likely mistakes."""
+        """Chooses the patches of an image or a clip by its events; no layer of the model runs. events: a path, an
+        array, or what `events.read_events` made of one; None drops nothing, except by the rule "cover", which then sees
+        the image alone. Raises ValueError that names the value and the remedy. Warns of what is likely a mistake."""
         clip = (image if isinstance(image, Clip) else Clip([read_image(image)])).within(options.window)
-        patch, merge, group = self.vit.config.patch_size, self.vit.config.spatial_merge_size, self.vit.config.group_size
-        T, (H, W), side = clip.moments, self.input_size(clip, options), group if options.cell == "group" else patch
-        before, after = prompt_ids(self.tokenizer, "", options.system)
-        drops, dense = events is not None or options.rule == "cover", T * H * W // group**2
+        T, (H, W), config = clip.moments, self.input_size(clip, options), self.vit.config
+        patch, merge, group = config.patch_size, config.spatial_merge_size, config.group_size  # pixels, patches, pixels
+        drops = options.sparsity > 0 and (events is not None or options.rule == "cover")
+        dense = T * H * W // group**2  # tokens
         kept = budget(dense, 1 - options.sparsity) if drops else dense  # or more: ties, patches
+        before, after = prompt_ids(self.tokenizer, "", options.system)
         self.check_room(kept, dense, len(before) + len(after), T)
-        S, source = None, "no events"
+        side = group if options.cell == "group" else patch  # of a cell, in pixels
+        S, M, source = None, np.ones((T, H // side, W // side), dtype=bool), "no events"
         if events is not None:
             events = read_events(events, options.order, options.time_unit).align(clip.size, options.sensor)
             moments = events.cut(clip.edges)
             E_v = (resize(each.accumulate(options.polarity, options.hot_pixels), H, W)[None] for each in moments)
             S = np.concatenate([motion(E_t, side) for E_t in E_v]) / clip.seconds  # Eq. 5: (T, cells_h, cells_w)
             source = summary(moments)
-        w = S
-        if options.rule == "cover":
-            w = worth(S, np.stack([novelty(*both, side) for both in clip.first_frames(H, W)]))
-        M = RULES[options.rule](w, 1 - options.sparsity) if drops else np.ones((T, H // side, W // side), bool)  # Eq. 6
-        keep = torch.from_numpy(M.repeat(side // patch, 1).repeat(side // patch, 2))
-        groups = keep.unflatten(2, (-1, merge)).unflatten(1, (-1, merge)).any(dim=4).any(dim=2)
-        patches = packed_patches(clip, keep, self.vit.config, self.image_config)  # Eq. 7: (N', 1176)
+        if drops and options.rule == "cover":  # ours, in the place of Eq. 6
+            G = np.stack([novelty(*frames, side) for frames in clip.first_frames(H, W)])
+            M = RULES["cover"](worth(S, G), 1 - options.sparsity)
+        elif drops:
+            M = RULES[options.rule](S, 1 - options.sparsity)  # Eq. 6: (T, cells_h, cells_w) bool
+        keep = torch.from_numpy(M.repeat(side // patch, 1).repeat(side // patch, 2))  # (T, grid_h, grid_w)
+        groups = (
+            keep.unflatten(2, (-1, merge)).unflatten(1, (-1, merge)).any(dim=4).any(dim=2)
+        )  # (T, groups_h, groups_w)
+        patches = packed_patches(clip, keep, config, self.image_config)  # Eq. 7: (N', 1176)
         if options.system is None and not self.checkpoint.usual_system:
             warnings.warn("the chat template has another system turn; give it as system (--system TEXT)", stacklevel=2)
         pad = self.image_pad if clip.times is None else self.video_pad
@@ -213,7 +216,7 @@ class EPVLM:
             hundredths = math.ceil(100 * (1 - (room - 127) / dense))
             remedies = [f"give max_pixels {smaller * vision.group_size**2 // T} or less"] * (smaller > T)
             remedies += [f"frames {smaller * T // dense * 2} or fewer"] * (T > 1 and smaller * T >= dense)
-            remedies += [f"with events, or the rule cover, sparsity 0.{hundredths:02} or more"] * (hundredths < 100)
+            remedies += [f"sparsity 0.{hundredths:02} or more, with events or the rule cover"] * (hundredths < 100)
             remedies = ", or ".join([*remedies, "shorten the question or the system turn"])
             raise ValueError(
                 f"{kept} tokens of the {'image' if T == 1 else 'clip'} and {text} of text exceed {over}; {remedies}"

@@ -13,7 +13,8 @@ Glossary
 
 What differs from the paper: events are counted whatever their polarity unless asked otherwise (signed sums cancel where
 a pixel flickers), and ties at the quantile are broken so that the budget is met. Most cells of a real map hold no event
-at all; the quantile is then 0, and Eq. 6 as printed keeps every cell. The rule `cover`, which comes last, is ours.
+at all; the quantile is then 0, and Eq. 6 as printed keeps every cell. The rule `cover` and the mending of hot pixels,
+which come last, are ours.
 """
 
 import math
@@ -34,7 +35,7 @@ LAYOUTS = ("txyp", "xytp", "xypt")  # of a bare N x 4 array
 MICROSECONDS = {"s": 1e6, "ms": 1e3, "us": 1, "ns": 1e-3}
 MOST = 10**8  # pixels of a sensor or a map
 RHO, ALPHA, BETA = 0.1, 0.3, 0.6  # of `worth`, chosen on made-up scenes that examples/evidence.py does not report
-GREY = 128  # of 255, what `novelty` takes for the pixels beyond the edge
+GREY, REACH = 128, 6  # what `novelty` takes for pixels beyond the edge, of 255; where the kernel of `cover_mask` ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,16 +91,20 @@ class Events:
     def accumulate(self, polarity: str = "count", hot_pixels: str = "keep") -> np.ndarray:
         """E_v at the sensor's size, (height, width): events by pixel, or on minus off ("signed"); see `mend`."""
         width, height = self.sensor
-        E_v, at_once = np.zeros(height * width, dtype=np.int64), max(2**18, height * width)  # what fits the cache
+        count = np.zeros(height * width, dtype=np.int64)
+        on, at_once = count.copy(), max(2**18, count.size)  # what fits the cache
         for start in range(0, len(self), at_once):
             x, y, p = (column[start : start + at_once] for column in (self.x, self.y, self.p))
             pixel = y.astype(np.int64) * width + x.astype(np.int64)
-            counted = np.bincount(pixel, minlength=E_v.size)
-            if polarity == "signed":  # on - off = 2 on - all
-                counted = 2 * np.bincount(pixel[p > 0], minlength=E_v.size) - counted
-            E_v += counted
-        E_v = E_v.reshape(height, width)
-        return mend(E_v) if hot_pixels == "mend" else check_hot(E_v, self.name)
+            count += np.bincount(pixel, minlength=count.size)
+            if polarity == "signed":
+                on += np.bincount(pixel[p > 0], minlength=count.size)
+        E_v = (2 * on - count if polarity == "signed" else count).reshape(height, width)
+        count = count.reshape(height, width)
+        if hot_pixels == "mend":
+            return E_v * (mend(count) / np.maximum(count, 1))
+        warn_of_hot(count, self.name)
+        return E_v
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,28 +281,7 @@ def check_sensor(events: Events, size: tuple[int, int], guessed: bool) -> None:
         warnings.warn(f"{events.name}: {doubt}", stacklevel=4)
 
 
-def check_hot(E_v: np.ndarray, name: str) -> np.ndarray:
-    """E_v itself. Warns where 20 pixels hold over a quarter of at least 1,000 events: in real recordings they hold 0.1
-    to 11 %."""
-    busiest, total = np.partition(np.abs(E_v), -min(20, E_v.size), axis=None)[-20:].sum(), np.abs(E_v).sum()
-    if total >= 1000 and 4 * busiest > total:
-        told = f"20 pixels hold {100 * busiest // total} % of the events; if they are hot, give hot_pixels mend"
-        warnings.warn(f"{name}: {told}", stacklevel=4)
-    return E_v
-
-
 # The equations
-
-
-def mend(E_v: np.ndarray) -> np.ndarray:
-    """E_v with hot pixels, those over 10 times the median of the active ones, cut to their largest neighbour, which
-    may be hot, too. Returns float64."""
-    E_v = E_v.astype(np.float64)
-    count, padded = np.abs(E_v), np.pad(np.abs(E_v), 1)
-    places = [(row, column) for row in range(3) for column in range(3) if (row, column) != (1, 1)]
-    around = np.max([padded[r : r + E_v.shape[0], c : c + E_v.shape[1]] for r, c in places], axis=0)
-    hot = count > 10 * np.median(count[count > 0]) if count.any() else False
-    return np.where(hot, np.sign(E_v) * np.minimum(count, around), E_v)
 
 
 def resize(E_v: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -357,41 +341,73 @@ def spread_order(T: int, cells_h: int, cells_w: int) -> np.ndarray:
     return rank
 
 
-# Beyond the paper: a rule that covers
+# Beyond the paper: a rule that covers, and hot pixels
 
 
 def novelty(frame: np.ndarray, before: np.ndarray | None, side: int) -> np.ndarray:
-    """G of a moment: what a cell shows that the cells before it do not, the L1 norm of its pixels' difference from the
-    most similar of its left and its upper neighbour (PixelPrune's redundancy) and, in a clip, of the cell in the moment
-    before. frame, before (H, W, 3) uint8; beyond the edge all is grey. Returns (H/side, W/side)."""
+    """G of a moment, (H/side, W/side): how much a cell differs from its left or upper neighbour, or in a clip from
+    itself in the moment before, whichever is most similar: the L1 norm of the difference of their pixels. frame, before
+    (H, W, 3) uint8; beyond the edge all is GREY. After PixelPrune (arXiv 2604.00886), which drops what is like one of
+    the two neighbours."""
     H, W, _ = frame.shape
     padded = np.pad(frame, ((side, 0), (side, 0), (0, 0)), constant_values=GREY)
     others = [padded[side:, :-side], padded[:-side, side:], *([] if before is None else [before])]
-    change = (np.maximum(frame, other) - np.minimum(frame, other) for other in others)  # uint8 must not wrap
+    change = (np.maximum(frame, other) - np.minimum(frame, other) for other in others)  # |difference|; uint8 would wrap
     return np.min([each.reshape(H // side, side, W // side, side * 3).sum(axis=(1, 3)) for each in change], axis=0)
 
 
 def worth(S: np.ndarray | None, G: np.ndarray) -> np.ndarray:
-    """w of `cover_mask`, (T, cells_h, cells_w) float64: rho + alpha S / mean(S) + beta G / mean(G). Without events (S
-    None), or where S or G is zero everywhere, that term is left out."""
+    """w = RHO + ALPHA S / mean(S) + BETA G / mean(G), (T, cells_h, cells_w) float64: what `cover_mask` shares out. A
+    term is left out without events (S None), or where S or G is zero everywhere; RHO is the worth of an empty cell."""
     terms = [share * each / each.mean() for share, each in ((ALPHA, S), (BETA, G)) if each is not None and each.any()]
-    return RHO + np.zeros(G.shape) + sum(terms)
+    return sum(terms, np.full(G.shape, RHO))
 
 
 def cover_mask(w: np.ndarray, tau: float) -> np.ndarray:
-    """Keeps `budget` cells one after another, each the one around which most is unexplained. u, what is unexplained, is
-    w at first; a kept cell explains a share k(d) of what lies d cells away. Ties as in `budget_mask`. It is greedy, so
-    a larger sparsity keeps a subset. k is a Gaussian of one cell and one moment, a product of one matrix for each axis.
-    Example, w = [[3, 2, 0, 2]], k(1) = 0.61, k(2) = 0.14: first cell 0, then u = [0, 0.79, 0, 1.98] and cell 3."""
-    times, rows, columns = (np.exp(-(np.subtract.outer(range(n), range(n)) ** 2) / 2) for n in w.shape)  # k
-    ties = 1e-9 * (w.max() or 1) * spread_order(*w.shape) / w.size
-    u, M = w.astype(np.float64), np.zeros(w.shape, dtype=bool)
+    """Ours, not Eq. 6: keeps `budget` cells, one after another. u is what is left of w. Each step keeps the cell j with
+    the largest sum of u_i k(i - j), and takes from each u_i its share k(i - j). k is a Gaussian with a deviation of one
+    cell (and one moment) that ends at REACH, a product of a matrix for each axis, so that a step changes only what is
+    near. Equal sums go by `spread_order`. A larger sparsity keeps a subset. Example, w = [[[3, 2, 0, 2]]], k(1) = 0.61,
+    k(2) = 0.14: first cell 0, then u = [0, 0.79, 0, 1.98], and cell 3."""
+    distances = [np.abs(np.subtract.outer(range(n), range(n))) for n in w.shape]
+    k = [np.exp(-(d**2) / 2) * (d <= REACH) for d in distances]
+    u, ties = w.astype(np.float64), 1e-9 * (w.max() or 1) * spread_order(*w.shape) / w.size
+    gain = _sums(u, k, (slice(None),) * 3, (slice(None),) * 3) - ties
     for _ in range(budget(w.size, tau)):
-        explained = np.tensordot(times, rows @ u @ columns, 1) - ties  # by each cell, were it kept
-        t, row, column = np.unravel_index(np.where(M, -np.inf, explained).argmax(), w.shape)
-        M[t, row, column] = True
-        u *= 1 - times[t][:, None, None] * np.outer(rows[row], columns[column])
-    return M
+        cell = np.unravel_index(gain.argmax(), w.shape)
+        near, far, wide = (tuple(slice(max(0, x - n * REACH), x + n * REACH + 1) for x in cell) for n in (1, 2, 3))
+        shares = (matrix[x, part] for matrix, x, part in zip(k, cell, near, strict=True))
+        u[near] *= 1 - np.einsum("t,r,c->trc", *shares)
+        ties[cell] = np.inf  # it is kept
+        gain[far] = _sums(u, k, far, wide) - ties[far]
+    return np.isinf(ties)
 
 
-RULES = {"exact": budget_mask, "literal": literal_mask, "cover": cover_mask}  # a rule of one's own goes here
+def _sums(u: np.ndarray, k: list[np.ndarray], to: tuple[slice, ...], of: tuple[slice, ...]) -> np.ndarray:
+    """For each cell j in `to`, the sum of u_i k(i - j) over the cells i in `of`."""
+    times, rows, columns = (matrix[part] for matrix, part in zip(k, zip(to, of, strict=True), strict=True))
+    return np.tensordot(times, rows @ u[of] @ columns.T, 1)
+
+
+def mend(E_v: np.ndarray) -> np.ndarray:
+    """E_v (height, width), float64, with each hot pixel lowered to the largest of its eight neighbours, which may be
+    hot, too. Hot is over 10 times the median of the pixels that are not zero."""
+    E_v = E_v.astype(np.float64)
+    count, padded = np.abs(E_v), np.pad(np.abs(E_v), 1)
+    places = [(row, column) for row in range(3) for column in range(3) if (row, column) != (1, 1)]
+    around = np.max([padded[r : r + E_v.shape[0], c : c + E_v.shape[1]] for r, c in places], axis=0)
+    hot = count > 10 * np.median(count[count > 0]) if count.any() else False
+    return np.where(hot, np.sign(E_v) * np.minimum(count, around), E_v)
+
+
+def warn_of_hot(count: np.ndarray, name: str) -> None:
+    """Warns where 20 pixels hold over a quarter of at least 1,000 events: in whole real recordings they hold 0.1 to
+    11 %."""
+    busiest, total = np.partition(count, -min(20, count.size), axis=None)[-20:].sum(), count.sum()
+    if total >= 1000 and 4 * busiest > total:
+        told = f"20 pixels hold {100 * busiest // total} % of the events; if they are hot, give hot_pixels mend"
+        warnings.warn(f"{name}: {told}", stacklevel=4)
+
+
+# Functions of S and tau, `cover` of w and tau. A rule of one's own goes here.
+RULES = {"exact": budget_mask, "literal": literal_mask, "cover": cover_mask}

@@ -523,7 +523,7 @@ def test_reading_adds_the_cache_alone(checkpoint):
 # Room
 
 
-REMEDY = r"give max_pixels (\d+) or less, or with events, or the rule cover, sparsity (0\.\d\d) or more"
+REMEDY = r"give max_pixels (\d+) or less, or sparsity (0\.\d\d) or more, with events or the rule cover"
 LARGE = Options(max_pixels=10**7)
 
 

@@ -46,6 +46,7 @@ def write(folder: Path, tied=True, shard="1GB", layout="nested", seed=0) -> Qwen
         vision_config={**VISION, "hidden_size": TEXT["hidden_size"]},
         tie_word_embeddings=tied,
         image_token_id=tokens.token_to_id("<|image_pad|>"),
+        video_token_id=tokens.token_to_id("<|video_pad|>"),
         vision_start_token_id=tokens.token_to_id("<|vision_start|>"),
         vision_end_token_id=tokens.token_to_id("<|vision_end|>"),
     )  # fmt: skip
