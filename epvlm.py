@@ -28,6 +28,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import islice, permutations
 from pathlib import Path
 
@@ -44,6 +45,7 @@ from vit import Clip, packed_patches, read_image, smart_resize
 
 FRAME_PIXELS = 100352, 602112  # of a clip's frame, at least and at most, as in Qwen2VLVideoProcessor
 GROUNDING = {f"<|{name}_{side}|>" for name in ("object_ref", "box", "quad") for side in ("start", "end")}
+VIDEOS = ".mp4", ".mov", ".mkv", ".avi", ".webm"
 ORDERS = tuple(map("".join, permutations("xytp")))
 NO_QUESTION = "no question; give one after the events, or one a line on standard input"
 
@@ -299,6 +301,14 @@ def add_flags(parser: argparse.ArgumentParser, options: type) -> None:
         parser.add_argument(f"--{each.name.replace('_', '-')}", **how)
 
 
+def add_input(parser: argparse.ArgumentParser) -> None:
+    """The argument and flags of `read_input`, which also heeds the window of Options."""
+    parser.add_argument("image", help="image file; or a clip: a folder, a list of `time name`, an animated file")
+    parser.add_argument("--times", metavar="FILE", help="a folder's times, one a line, or start and end of exposure")
+    parser.add_argument("--fps", type=float, help="frames a second, in the place of times")
+    parser.add_argument("--frames", type=int, help="how many to take of a clip (default: two a second, at least 4)")
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The flags that say which model."""
     parser.add_argument("--model", default="Qwen/Qwen2-VL-2B-Instruct", help="folder or hub id (default: %(default)s)")
@@ -340,13 +350,96 @@ def warnings_as_lines(program: str) -> Iterator[None]:
         print(f"{program}: warning: {message}", file=sys.stderr, flush=True)
 
 
+def read_input(args: argparse.Namespace) -> Image.Image | Clip:
+    """What the flags of `add_input` name: an image; or a clip, evenly chosen frames (both ends included) of a folder, of a
+    list with `time name` on each line, or of an animated file. Raises ValueError that names the file."""
+    path = Path(args.image)
+    if path.suffix.lower() in VIDEOS:
+        command = f"mkdir frames && ffmpeg -i {path} -r 10 frames/%06d.png"
+        raise ValueError(f"{path}: a video; make a folder of its frames ({command}), and give that with --fps 10")
+    frames, times, clock = read_list(path) if path.suffix.lower() == ".txt" else read_frames(path)
+    if frames == [path]:
+        need(not (args.times or args.fps or args.frames), f"{path}: a still image; leave out times, fps and frames")
+        return read_image(path)
+    if args.times:
+        times, clock = in_microseconds([row.split() for row in rows(args.times)], args.times)
+    need(args.fps or times is not None, f"{path}: its frames have no times; give --times FILE, or --fps")
+    clip = Clip.at_rate(frames, args.fps) if args.fps else Clip(frames, times, clock=clock)
+    clip = clip.within(args.window)
+    count = max(4, round(np.ptp(clip.times) / 500_000)) if args.frames is None else args.frames
+    need(count >= 1, f"frames {count}: give 1 or more")
+    chosen = np.linspace(0, len(clip.frames) - 1, min(count, len(clip.frames))).round().astype(int)
+    frames = [frame() if callable(frame) else frame for frame in (clip.frames[n] for n in chosen)]
+    return replace(clip, frames=frames, times=clip.times[chosen])
+
+
+def read_list(path: Path) -> tuple[list[Path], np.ndarray, str]:
+    """The frames of a list that are there, their times in microseconds, and the unit they had. Names are relative to
+    the list, or lie beside it."""
+    listed = [row.split(maxsplit=1) for row in rows(path)]
+    need(all(len(row) == 2 for row in listed), f"{path}: a line is not `time name`; correct it")
+    found = [(time, path.parent / name.strip(), path.parent / Path(name.strip()).name) for time, name in listed]
+    there = [(time, next(filter(Path.is_file, names))) for time, *names in found if any(map(Path.is_file, names))]
+    need(bool(there), f"{path}: none of its {len(found)} frames is there; give their names relative to the list")
+    if len(there) < len(found):
+        lost = f"{len(found) - len(there)} of {len(found)} frames are missing, and left out"
+        warnings.warn(f"{path}: {lost}", stacklevel=2)
+    return [name for _, name in there], *in_microseconds([[time] for time, _ in there], path)
+
+
+def read_frames(path: Path) -> tuple[list, np.ndarray | None, str]:
+    """The images of a folder, by name; or the frames of an animated file, each read when it is called, and their times
+    in microseconds; or the path of a still image."""
+    if path.is_dir():
+        frames = sorted(each for each in path.iterdir() if each.suffix.lower() in Image.registered_extensions())
+        need(bool(frames), f"{path}: a folder without images; give one with frames")
+        return frames, None, ""
+    durations = []  # milliseconds
+    with contextlib.suppress(Exception):  # `read_image` says what is wrong
+        file = Image.open(path)
+        for n in range(getattr(file, "n_frames", 1)):
+            file.seek(n)
+            file.load()
+            durations.append(file.info.get("duration") or 0)
+    if len(durations) < 2 or min(durations) <= 0:  # pages have no times
+        return [path], None, ""
+    times = 1000.0 * np.cumsum([0, *durations[:-1]])
+    return [partial(read_frame, file, n) for n in range(len(times))], times, " at their own times"
+
+
+def read_frame(file: Image.Image, n: int) -> Image.Image:
+    file.seek(n)
+    return file.copy()
+
+
+def rows(path: str | Path) -> list[str]:
+    """The lines of a text file that are neither empty nor comments, with spaces for commas."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "no text"
+        raise ValueError(f"{path}: cannot be read ({reason}); give lines that begin with a time") from None
+    return [line.replace(",", " ") for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def in_microseconds(rows: list[list[str]], name: str | Path) -> tuple[np.ndarray, str]:
+    """A time for each row of one number, or of two, the start and end of an exposure; and the unit they had: seconds if
+    any is not a whole number, else microseconds."""
+    try:
+        times = np.array([[float(word) for word in row] for row in rows]).mean(axis=1)
+    except ValueError:
+        raise ValueError(f"{name}: a line does not begin with a time, or two; correct it") from None
+    whole = all(word.isdigit() for row in rows for word in row)
+    return times * (1 if whole else 1e6), f" at times in {'microseconds' if whole else 'seconds'}"
+
+
 def run(args: argparse.Namespace) -> None:
     """The command line's work. What is small is read first: a mistake there should not wait for a download."""
     if hasattr(sys.stdout, "reconfigure"):  # answers are UTF-8, whatever the locale
         sys.stdout.reconfigure(encoding="utf-8")
     options, sampling = chosen(args, Options), chosen(args, Sampling)
     with warnings_as_lines("epvlm"):
-        image = read_image(args.image)
+        image = read_input(args)
         events = None if args.events == "none" else read_events(args.events, options.order, options.time_unit)
         if args.question is None and not (sys.stdin and (sys.stdin.isatty() or sys.stdin.buffer.peek())):
             raise ValueError(NO_QUESTION)
@@ -431,7 +524,7 @@ def main(argv: list[str] | None = None) -> int:
     """Answers questions about an image; returns the exit status."""
     parser = argparse.ArgumentParser("epvlm", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.error = lambda text: parser.exit(2, f"epvlm: error: {' '.join(text.split())} (--help lists the options)\n")
-    parser.add_argument("image", help="image file")
+    add_input(parser)
     parser.add_argument("events", help="recording or event map, .npy or .npz; or none")
     parser.add_argument("question", nargs="?", help="if left out, questions are read from standard input, one a line")
     add_model(parser)
