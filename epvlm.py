@@ -351,8 +351,8 @@ def warnings_as_lines(program: str) -> Iterator[None]:
 
 
 def read_input(args: argparse.Namespace) -> Image.Image | Clip:
-    """What the flags of `add_input` name: an image; or a clip, evenly chosen frames (both ends included) of a folder, of a
-    list with `time name` on each line, or of an animated file. Raises ValueError that names the file."""
+    """What the flags of `add_input` name: an image; or a clip, frames evenly chosen with both ends from a folder, from
+    a list with `time name` on each line, or from an animated file. Raises ValueError that names the file."""
     path = Path(args.image)
     if path.suffix.lower() in VIDEOS:
         command = f"mkdir frames && ffmpeg -i {path} -r 10 frames/%06d.png"
