@@ -220,7 +220,7 @@ def packed_patches(clip: Clip, keep: Tensor, config: VisionConfig, image_config:
     for moment in keep.flatten(1).any(dim=1).nonzero().flatten().tolist():
         patches = patchify(clip.pixels(moment, height, width), config.patch_size, config.spatial_merge_size)
         patches = pack(patches, group_order(keep[moment : moment + 1], config.spatial_merge_size))  # Eq. 7
-        packed.append(((patches / unit - mean) / std).flatten(1))
+        packed.append((patches / unit).sub_(mean).div_(std).flatten(1))
     return torch.cat(packed)
 
 
