@@ -24,7 +24,7 @@ def assert_close(ours: Tensor, theirs: Tensor) -> None:
 
 def clip_rows(frames: list[Image.Image], height: int, width: int, config: ImageConfig) -> Tensor:
     """The rows of RGB frames, (N, 1176), as Qwen2VLVideoProcessor makes them of (height, width) pixels: two frames a
-    moment, the last of an odd clip twice; colour before frame. (It needs torchvision; tests/README.md.)"""
+    moment, the last of an odd clip twice; colour before frame. (That itself needs torchvision.)"""
     frames = [*frames, frames[-1]] if len(frames) % 2 else frames
     levels = torch.stack([torch.from_numpy(np.array(frame)).permute(2, 0, 1) for frame in frames])  # (F, 3, H, W)
     levels = F.interpolate(levels, (height, width), mode="bicubic", antialias=True).float()

@@ -368,7 +368,7 @@ def test_images_of_a_batch():
 
 
 def test_moments_of_a_clip():
-    """Each is computed as if alone: attention stays within a moment, and time turns nothing."""
+    """Each is computed as if alone: attention stays within a moment."""
     model, keep = VisionTransformer(VisionConfig(**SMALL)), torch.rand(4, 4, 6) < 0.6
     keep[0, 0, 0], keep[1] = True, False
     n_t = keep.sum(dim=(1, 2)).tolist()
