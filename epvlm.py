@@ -351,26 +351,34 @@ def warnings_as_lines(program: str) -> Iterator[None]:
 
 
 def read_input(args: argparse.Namespace) -> Image.Image | Clip:
-    """What the flags of `add_input` name: an image; or a clip, evenly chosen frames (both ends included) of a folder, of a
-    list with `time name` on each line, or of an animated file. Raises ValueError that names the file."""
-    path = Path(args.image)
-    if path.suffix.lower() in VIDEOS:
-        command = f"mkdir frames && ffmpeg -i {path} -r 10 frames/%06d.png"
-        raise ValueError(f"{path}: a video; make a folder of its frames ({command}), and give that with --fps 10")
-    frames, times, clock = read_list(path) if path.suffix.lower() == ".txt" else read_frames(path)
-    if frames == [path]:
-        need(not (args.times or args.fps or args.frames), f"{path}: a still image; leave out times, fps and frames")
-        return read_image(path)
-    if args.times:
-        times, clock = in_microseconds([row.split() for row in rows(args.times)], args.times)
-    need(args.fps or times is not None, f"{path}: its frames have no times; give --times FILE, or --fps")
-    clip = Clip.at_rate(frames, args.fps) if args.fps else Clip(frames, times, clock=clock)
+    """What the flags of `add_input` name: an image, or a clip of some frames, evenly chosen with both ends."""
+    clip = read_clip(Path(args.image), args.times, args.fps)
+    if clip is None:
+        need(args.frames is None, f"{args.image}: a still image; leave frames out")
+        return read_image(args.image)
     clip = clip.within(args.window)
     count = max(4, round(np.ptp(clip.times) / 500_000)) if args.frames is None else args.frames
     need(count >= 1, f"frames {count}: give 1 or more")
     chosen = np.linspace(0, len(clip.frames) - 1, min(count, len(clip.frames))).round().astype(int)
-    frames = [frame() if callable(frame) else frame for frame in (clip.frames[n] for n in chosen)]
-    return replace(clip, frames=frames, times=clip.times[chosen])
+    return replace(clip, frames=[clip.frames[n] for n in chosen], times=clip.times[chosen])
+
+
+def read_clip(path: Path, times: str | None = None, fps: float | None = None) -> Clip | None:
+    """All frames of a folder, of a list with `time name` on each line, or of an animated file; None for a still image.
+    times: a file that has them; fps: frames a second, in their place. Raises ValueError that names the file."""
+    if path.suffix.lower() in VIDEOS:
+        command = f"mkdir frames && ffmpeg -i {path} -r 10 frames/%06d.png"
+        raise ValueError(f"{path}: a video; make a folder of its frames ({command}), and give that with --fps 10")
+    frames, clock, name = read_list(path) if path.suffix.lower() == ".txt" else read_frames(path)
+    if not frames:
+        need(times is None and fps is None, f"{path}: a still image; leave times and fps out")
+        return None
+    if times is not None:
+        clock, name = in_microseconds([row.split() for row in rows(times)], times)
+    if fps is not None:
+        return Clip.at_rate(frames, fps)
+    need(clock is not None, f"{path}: its frames have no times; give --times FILE, or --fps")
+    return Clip(frames, clock, clock=name)
 
 
 def read_list(path: Path) -> tuple[list[Path], np.ndarray, str]:
@@ -388,28 +396,23 @@ def read_list(path: Path) -> tuple[list[Path], np.ndarray, str]:
 
 
 def read_frames(path: Path) -> tuple[list, np.ndarray | None, str]:
-    """The images of a folder, by name; or the frames of an animated file, each read when it is called, and their times
-    in microseconds; or the path of a still image."""
+    """The images of a folder, by name; or the frames of an animated file, read when needed, and their times in
+    microseconds; or, of a still image, none."""
     if path.is_dir():
         frames = sorted(each for each in path.iterdir() if each.suffix.lower() in Image.registered_extensions())
         need(bool(frames), f"{path}: a folder without images; give one with frames")
         return frames, None, ""
-    durations = []  # milliseconds
+    shown = []  # milliseconds of each frame
     with contextlib.suppress(Exception):  # `read_image` says what is wrong
         file = Image.open(path)
         for n in range(getattr(file, "n_frames", 1)):
             file.seek(n)
             file.load()
-            durations.append(file.info.get("duration") or 0)
-    if len(durations) < 2 or min(durations) <= 0:  # pages have no times
-        return [path], None, ""
-    times = 1000.0 * np.cumsum([0, *durations[:-1]])
-    return [partial(read_frame, file, n) for n in range(len(times))], times, " at their own times"
-
-
-def read_frame(file: Image.Image, n: int) -> Image.Image:
-    file.seek(n)
-    return file.copy()
+            shown.append(file.info.get("duration") or 0)
+    if len(shown) < 2 or min(shown) <= 0:  # the pages of a document have no times
+        return [], None, ""
+    frames = [partial(lambda n: file.seek(n) or file.copy(), n) for n in range(len(shown))]
+    return frames, 1000.0 * np.cumsum([0, *shown[:-1]]), " at their own times"
 
 
 def rows(path: str | Path) -> list[str]:

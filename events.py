@@ -36,7 +36,7 @@ MICROSECONDS = {"s": 1e6, "ms": 1e3, "us": 1, "ns": 1e-3}
 MOST = 10**8  # pixels of a sensor or a map
 RHO, ALPHA, BETA = 0.1, 0.3, 0.6  # of `worth`, chosen on made-up scenes that examples/evidence.py does not report
 GREY = 128  # of 255, what `novelty` takes for pixels beyond the edge
-SIGMA = 2, 1, 1  # of the kernel of `cover_mask`, in moments, rows and columns of cells
+REACH = 6  # where the kernel of `cover_mask` ends, in cells and in moments
 
 
 @dataclass(frozen=True, eq=False)
@@ -367,17 +367,17 @@ def worth(S: np.ndarray | None, G: np.ndarray) -> np.ndarray:
 def cover_mask(w: np.ndarray, tau: float) -> np.ndarray:
     """Ours, not Eq. 6: keeps `budget` cells, one after another. u is what is left of w. Each step keeps the cell j with
     the largest sum of u_i k(i - j), and takes from each u_i its share k(i - j). k is a Gaussian with a deviation of one
-    cell and two moments, a product of a matrix for each axis. It ends at six deviations: a step changes only what is
-    near, and is as quick in a large image. Equal sums go by `spread_order`. A larger sparsity keeps a subset. Example,
-    w = [[[3, 2, 0, 2]]], k(1) = 0.61, k(2) = 0.14: first cell 0, then u = [0, 0.79, 0, 1.98], and cell 3."""
-    distances = [np.abs(np.subtract.outer(range(n), range(n))) / sigma for n, sigma in zip(w.shape, SIGMA, strict=True)]
-    k = [np.exp(-(d**2) / 2) * (d <= 6) for d in distances]
+    cell and one moment (with more, what moves is seen in one moment only; with less, more is seen twice), a product of
+    a matrix for each axis. It ends at REACH, so a step changes only what is near. Equal sums go by `spread_order`. A
+    larger sparsity keeps a subset. Example, w = [[[3, 2, 0, 2]]], k(1) = 0.61, k(2) = 0.14: first cell 0, then u =
+    [0, 0.79, 0, 1.98], and cell 3."""
+    distances = [np.abs(np.subtract.outer(range(n), range(n))) for n in w.shape]
+    k = [np.exp(-(d**2) / 2) * (d <= REACH) for d in distances]
     u, ties = w.astype(np.float64), 1e-9 * (w.max() or 1) * spread_order(*w.shape) / w.size
     gain = _sums(u, k, (slice(None),) * 3, (slice(None),) * 3) - ties
     for _ in range(budget(w.size, tau)):
         cell = np.unravel_index(gain.argmax(), w.shape)
-        reach = list(zip(cell, (6 * sigma for sigma in SIGMA), strict=True))
-        near, far, wide = (tuple(slice(max(0, x - n * far), x + n * far + 1) for x, far in reach) for n in (1, 2, 3))
+        near, far, wide = (tuple(slice(max(0, x - r), x + r + 1) for x in cell) for r in (REACH, 2 * REACH, 3 * REACH))
         shares = (matrix[x, part] for matrix, x, part in zip(k, cell, near, strict=True))
         u[near] *= 1 - np.einsum("t,r,c->trc", *shares)
         ties[cell] = np.inf  # it is kept

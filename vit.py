@@ -18,7 +18,7 @@ patch kept it is plain Qwen2-VL. Module names are the published tensor names. Wh
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -114,11 +114,11 @@ def eight_bits(image: Image.Image, name: str) -> Image.Image:
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """What is looked at: frames of one size, paths or PIL images, read when needed, and their times. Two frames make a
-    moment; the last frame of an odd clip makes one by itself. A still image is a clip of one frame without times.
-    Raises ValueError for times that are not as many as the frames, or do not rise."""
+    """What is looked at: frames of one size, paths or PIL images or functions that return one, read when needed, and
+    their times. Two frames make a moment; the last frame of an odd clip makes one by itself. A still image is a clip of
+    one frame without times. Raises ValueError for times that are not as many as the frames, or do not rise."""
 
-    frames: Sequence[str | Path | Image.Image]
+    frames: Sequence[str | Path | Image.Image | Callable[[], Image.Image]]
     times: np.ndarray | None = None  # (F,) microseconds on the events' clock
     window: tuple[float, float] | None = None  # (start, end) in microseconds; events outside it do not count
     clock: str = ""  # where the times come from, for the line about what was kept
@@ -142,7 +142,7 @@ class Clip:
 
     @cached_property
     def size(self) -> tuple[int, int]:
-        return read_image(self.frames[0]).size  # (width, height), pixels
+        return self.frame(0).size  # (width, height), pixels
 
     @property
     def moments(self) -> int:
@@ -175,21 +175,23 @@ class Clip:
             raise ValueError(f"no frame from {told}; change window")
         return replace(self, frames=[self.frames[n] for n in inside], times=self.times[inside], window=window)
 
+    def frame(self, number: int) -> Image.Image:
+        """As `read_image` gives it. Raises ValueError for another size than the first frame's."""
+        source = self.frames[number]
+        image = read_image(source() if callable(source) else source)
+        if number and image.size != self.size:
+            sizes = "{} x {} pixels, the first {} x {}".format(*image.size, *self.size)
+            raise ValueError(f"frame {number + 1} has {sizes}; give frames of one size")
+        return image
+
     def pixels(self, moment: int, height: int, width: int) -> Tensor:
         """X_v of a moment, (2, H, W, 3) uint8. Resampling is part of the model: Pillow's bicubic filter for a still
-        image, torch's for a clip, as in transformers; others move pixels by up to 23 levels. Raises ValueError for
-        a frame of another size."""
-        frames = [read_image(frame) for frame in self.frames[2 * moment : 2 * moment + 2]]
-        for number, frame in enumerate(frames, 2 * moment + 1):
-            if frame.size != self.size:
-                sizes = "{} x {} pixels, the first has {} x {}".format(*frame.size, *self.size)
-                raise ValueError(f"frame {number} has {sizes}; give frames of one size")
+        image, torch's for a clip, as in transformers; others move pixels by up to 23 levels."""
         if self.times is None:
-            image = np.array(frames[0].resize((width, height), Image.Resampling.BICUBIC))
+            image = np.array(self.frame(0).resize((width, height), Image.Resampling.BICUBIC))
             return torch.from_numpy(image).expand(2, -1, -1, -1)
-        both = torch.from_numpy(np.stack([np.asarray(frame) for frame in (*frames, frames[-1])[:2]])).permute(
-            0, 3, 1, 2
-        )
+        both = [np.asarray(self.frame(min(n, len(self.frames) - 1))) for n in (2 * moment, 2 * moment + 1)]
+        both = torch.from_numpy(np.stack(both)).permute(0, 3, 1, 2)
         return F.interpolate(both, (height, width), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
 
     def first_frames(self, height: int, width: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:

@@ -27,9 +27,9 @@ import numpy as np
 from PIL import Image
 
 from common import Parser, check_output, exit_status, write_whole
-from epvlm import add_flags, chosen, flag
-from events import Events
-from vit import read_image
+from epvlm import add_flags, chosen, flag, read_clip
+from events import Events, need
+from vit import Clip, read_image
 
 MOST = 10**8  # events of a recording
 LUMA = np.array([0.299, 0.587, 0.114])  # of RGB, ITU-R BT.601
@@ -147,30 +147,29 @@ def saccade(image: np.ndarray, radius: float = RADIUS, duration: float = 1e5) ->
         yield duration * step / steps, (1 - right) * shown[:, :-1] + right * shown[:, 1:]
 
 
-def movie(paths: list[str], fps: float = FPS) -> Iterator[tuple[float, np.ndarray]]:
-    """Frames for `camera` from image files, read one by one, all of one size and scaled alike. Raises ValueError that
-    names the file."""
-    check_range("fps", fps, 1e-3, 1e6)
+def movie(clip: Clip) -> Iterator[tuple[float, np.ndarray]]:
+    """Frames for `camera`, read one by one, all of one size and scaled alike. Raises ValueError that names a file."""
     first = None
-    for number, path in enumerate(paths):
-        image, bits = read_frame(path)
-        now = "{} x {} pixels of {}".format(*image.size, bits)
+    for number, (time, source) in enumerate(zip(clip.times, clip.frames, strict=True), 1):
+        image, bits = read_frame(source)
+        now, name = "{} x {} pixels of {}".format(*image.size, bits), f"frame {number}" if callable(source) else source
         if now != (first := first or now):
-            raise ValueError(f"{path}: {now}, but {first} in {paths[0]}; give frames of one size, scaled alike")
-        yield 1e6 * number / fps, np.asarray(image)
+            raise ValueError(f"{name}: {now}, but {first} in the first; give frames of one size, scaled alike")
+        yield float(time), np.asarray(image)
         if sys.stderr.isatty():
-            print(f"\rframe {number + 1}\033[K", end="\r", file=sys.stderr, flush=True)
+            print(f"\rframe {number}\033[K", end="\r", file=sys.stderr, flush=True)
 
 
-def read_frame(path: str) -> tuple[Image.Image, str]:
-    """An image file that holds a single image, and what its grey was scaled from, such as "12 bits"."""
+def read_frame(source) -> tuple[Image.Image, str]:
+    """A frame, as `Clip` holds them, and what its grey was scaled from, such as "12 bits". A file holds one image."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")  # Pillow's, of large images
         warnings.filterwarnings("always", ".*read as")
-        image = read_image(path)
-    with Image.open(path) as file:
-        if getattr(file, "n_frames", 1) > 1:
-            raise ValueError(f"{path}: holds {file.n_frames} images; save each as a file of its own")
+        image = read_image(source() if callable(source) else source)
+    if not callable(source):
+        with Image.open(source) as file:
+            if getattr(file, "n_frames", 1) > 1:
+                raise ValueError(f"{source}: holds {file.n_frames} images; save each as a file of its own")
     return image, str(caught[0].message).rpartition("read as ")[2] if caught else "8 bits"
 
 
@@ -183,14 +182,18 @@ def save_events(events: Events, path: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """The command line's work: images in, a recording out."""
-    options, single = chosen(args, CameraOptions), len(args.images) == 1
+    options = chosen(args, CameraOptions)
     check_output(args.output, ".npy", args.images)
-    if (args.fps if single else args.radius) is not None:
-        misplaced = "fps is for several images" if single else "radius is for a single image"
-        raise ValueError(f"{misplaced}; leave it out")
-    frames = movie(args.images, FPS if args.fps is None else args.fps)
-    if single:
-        frames = saccade(next(frames)[1], RADIUS if args.radius is None else args.radius)
+    if len(args.images) > 1:
+        need(args.times is None, "times is for a folder of frames; leave it out")
+        clip = Clip.at_rate(args.images, FPS if args.fps is None else args.fps)
+    else:
+        clip = read_clip(Path(args.images[0]), args.times, args.fps)
+    if clip is None:
+        frames = saccade(np.asarray(read_frame(args.images[0])[0]), RADIUS if args.radius is None else args.radius)
+    else:
+        need(args.radius is None, "radius is for a single image; leave it out")
+        frames = movie(clip)
     events = camera(frames, options)
     save_events(events, args.output)
     hint = "" if len(events) else ": no pixel changed so much, lower --threshold"
@@ -201,9 +204,10 @@ def main(argv: list[str] | None = None) -> int:
     """Makes a recording of a still image or of frames; returns the exit status."""
     parser = Parser("camera", description="An ideal event camera: images to a recording.", allow_abbrev=False)
     add = parser.add_argument
-    add("images", nargs="+", help="one image, which a small saccade moves, or the frames of a movie")
+    add("images", nargs="+", help="an image, which a small saccade moves; or frames; or a clip, as epvlm.py takes it")
     add("-o", "--output", type=Path, required=True, help="the recording, .npy")
-    add("--fps", type=float, help=f"frames a second of a movie (default: {FPS:g})")
+    add("--times", metavar="FILE", help="a folder's times, one a line, or start and end of exposure")
+    add("--fps", type=float, help=f"frames a second (default: {FPS:g} for several images)")
     add("--radius", type=float, help=f"of a single image's saccade, in pixels (default: {RADIUS:g})")
     add_flags(parser, CameraOptions)
     return exit_status("camera", lambda: run(parser.parse_args(argv)))

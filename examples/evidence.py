@@ -14,7 +14,7 @@ Columns
     small, large     all questions about frames whose smaller side has four groups, and six or more
     tokens           visual tokens in the prompt, mean
     MFLOPs           up to the first token of the answer, attention included, mean
-    ms               processor time of one question alone, one thread: mask, packing, transformer, decoder; median
+    ms               processor time of one question and its answer, one thread: mask, packing, model; median
 
 A difference is paired: both rules answered the same questions. `difference` in common.py says how its interval is made.
 """
@@ -39,8 +39,8 @@ import scenes
 from camera import CameraOptions
 from common import TINY, Parser, accuracy, difference, exit_status
 from epvlm import EPVLM, Options, View
-from events import EventMap, Events, budget, budget_mask, novelty
-from rope2d import rotate
+from events import GREY, EventMap, Events, budget, budget_mask, cover_mask, novelty, worth
+from rope2d import group_order, pack, rotate
 from train_tiny import score
 from vit import Attention
 
@@ -72,7 +72,8 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Pruned(View):
-    """What a rule keeps that looks at the transformer's output: `patches` and `keep` are all, `groups` are fewer."""
+    """A view of a rule that reads the transformer's output: the transformer has read all `patches` (`keep` is all
+    True), the decoder gets only `groups`."""
 
     H_v: Tensor | None = None  # (1, groups kept, hidden_size)
 
@@ -81,7 +82,7 @@ def dense(model: EPVLM, sample: Sample, sparsity: float) -> View:
     return model.look(sample.image)
 
 
-def events(model: EPVLM, sample: Sample, sparsity: float, recording=None, **options) -> View:
+def by_events(model: EPVLM, sample: Sample, sparsity: float, recording=None, **options) -> View:
     """By the scene's events, or by another recording of it; `rule` exact unless the options say otherwise."""
     recording = sample.events if recording is None else recording
     return model.look(sample.image, recording, Options(sparsity, sensor=sample.image.size, **options))
@@ -90,7 +91,7 @@ def events(model: EPVLM, sample: Sample, sparsity: float, recording=None, **opti
 def without_eq8(model: EPVLM, sample: Sample, sparsity: float) -> View:
     """The groups that events keep, but numbered as if they were the image's first in the transformer of Eq. 9; in the
     decoder each stands where it does in the image."""
-    view = events(model, sample, sparsity)
+    view = by_events(model, sample, sparsity)
     first = torch.arange(view.groups.numel()).view(view.groups.shape) < view.groups.sum()
     return replace(view, keep=first.repeat_interleave(2, 1).repeat_interleave(2, 2))
 
@@ -106,7 +107,7 @@ def by_map(model: EPVLM, sample: Sample, sparsity: float, values: np.ndarray) ->
     return model.look(sample.image, EventMap(values), Options(sparsity))
 
 
-def random(model: EPVLM, sample: Sample, sparsity: float) -> View:
+def by_chance(model: EPVLM, sample: Sample, sparsity: float) -> View:
     return by_map(model, sample, sparsity, np.random.default_rng((sample.seed, 1)).random(sample.shape))
 
 
@@ -120,23 +121,34 @@ def gradient(model: EPVLM, sample: Sample, sparsity: float) -> View:
 
 
 def redundancy(model: EPVLM, sample: Sample, sparsity: float) -> View:
-    """PixelPrune's idea: what differs least from its left or upper neighbour goes first."""
+    """After PixelPrune: what differs least from its left or upper neighbour goes first."""
     return by_map(model, sample, sparsity, novelty(np.asarray(sample.image), None, 28))
 
 
-def uncovered(model: EPVLM, sample: Sample, sparsity: float) -> View:
+def cover_without_events(model: EPVLM, sample: Sample, sparsity: float) -> View:
     return model.look(sample.image, None, Options(sparsity, rule="cover"))
 
 
+def spacing(model: EPVLM, sample: Sample, sparsity: float) -> View:
+    """All cells are worth the same to `cover`."""
+    flat = Image.new("RGB", sample.image.size, (GREY,) * 3)
+    view = cover_without_events(model, replace(sample, image=flat), sparsity)
+    return replace(view, patches=pack(dense(model, sample, 0).patches, group_order(view.keep)))
+
+
+def spaced(received: np.ndarray, tau: float) -> np.ndarray:
+    return cover_mask(worth(None, received), tau)
+
+
 @torch.inference_mode()
-def attention(model: EPVLM, sample: Sample, sparsity: float) -> View:
-    """FoPru's idea: the whole transformer runs; what its last layer attends to most stays."""
+def attention(model: EPVLM, sample: Sample, sparsity: float, rule=budget_mask) -> View:
+    """In the manner of FoPru: the whole transformer runs; what its last layer attends to most stays."""
     view, given = dense(model, sample, sparsity), []
     hook = model.vit.blocks[-1].attn.register_forward_pre_hook(lambda _, inputs: given.extend(inputs))
     H_v = model.vit(view.patches[None], view.keep)
     hook.remove()
     by_group = received(model.vit.blocks[-1].attn, *given[:3]).view(*view.groups.shape, -1).sum(dim=-1)
-    groups = torch.from_numpy(budget_mask(by_group.numpy(), 1 - sparsity))
+    groups = torch.from_numpy(rule(by_group.numpy(), 1 - sparsity))
     return Pruned(**vars(replace(view, groups=groups)), H_v=H_v[:, groups.flatten()])
 
 
@@ -184,26 +196,27 @@ def mirrored(sample: Sample) -> Events:
 
 
 def faulty(model: EPVLM, sample: Sample, sparsity: float, fault: Callable[[Sample], Events], **options) -> View:
-    return events(model, sample, sparsity, fault(sample), **options)
+    return by_events(model, sample, sparsity, fault(sample), **options)
 
 
 SELECTORS: dict[str, Callable] = {  # of model, sample and sparsity; a rule of one's own goes here
-    "Eq. 6": events,
-    "Eq. 6, as printed": partial(events, rule="literal"),
-    "Eq. 6, 14 px cells": partial(events, cell="patch"),
+    "Eq. 6, ties broken": by_events,
+    "Eq. 6, as printed": partial(by_events, rule="literal"),
+    "Eq. 6, 14 px cells": partial(by_events, cell="patch"),
     "Eq. 6, without Eq. 8": without_eq8,
     "Eq. 6, positions recomputed": recomputed,
-    "cover": partial(events, rule="cover"),
-    "cover, without events": uncovered,
+    "cover": partial(by_events, rule="cover"),
+    "cover, without events": cover_without_events,
+    "cover, spacing alone": spacing,
     "pixel redundancy": redundancy,
     "attention received": attention,
+    "attention received, spaced": partial(attention, rule=spaced),
     "image gradient": gradient,
     "evenly spread": spread,
-    "random": random,
+    "random": by_chance,
     "smaller image, dense": smaller,
 }
 FAULTS: dict[str, dict] = {  # of the recording; the arguments of `faulty`
-    "none": {"fault": lambda sample: sample.events},
     "noisy camera": {"fault": lambda sample: sample.noisy},
     f"{HOT} hot pixels": {"fault": hot},
     f"{HOT} hot pixels, mended": {"fault": hot, "hot_pixels": "mend"},
@@ -213,9 +226,12 @@ FAULTS: dict[str, dict] = {  # of the recording; the arguments of `faulty`
 FAULTY = {  # the rules they happen to
     (fault, name): partial(faulty, rule=rule, **given)
     for fault, given in FAULTS.items()
-    for name, rule in (("Eq. 6", "exact"), ("cover", "cover"))
+    for name, rule in (("Eq. 6, ties broken", "exact"), ("cover", "cover"))
 }
-COMPARED = ("Eq. 6", *list(SELECTORS)[6:])  # with `cover`; they have as many tokens as it, or fewer
+COMPARED = [  # with `cover`; they have as many tokens as it, or fewer
+    "Eq. 6, ties broken", "cover, without events", "cover, spacing alone", "pixel redundancy", "attention received",
+    "attention received, spaced", "image gradient", "evenly spread", "random", "smaller image, dense",
+]  # fmt: skip
 
 
 @dataclass
@@ -327,15 +343,14 @@ def tables(tallies: dict[tuple, Tally], guessed: list[str]) -> Iterator[str]:
         ours = (tallies[sparsity, "cover"].right[which] for which in columns)
         rows.append([f"{sparsity:g}", name, *(difference(*pair) for pair in zip(ours, pairs, strict=True))])
     yield "Points that cover is ahead of other rules:\n\n" + markdown(["sparsity", "other rule", *columns], rows)
-    rows = [
-        [*fault, *(accuracy(tallies[sparsity, fault].right[which]) for sparsity in SPARSITIES[1:])]
-        for which in ("moving", "all")
-        for fault in FAULTY
-    ]
-    half = len(rows) // 2
-    for which, some in (("moving things", rows[:half]), ("all questions", rows[half:])):
-        head = ["fault of the recording", "rule", *(f"{sparsity:g}" for sparsity in SPARSITIES[1:])]
-        yield f"Right answers to {which} by sparsity, when something is wrong:\n\n" + markdown(head, some)
+    head = ["fault of the recording", "rule", *(f"{sparsity:g}" for sparsity in SPARSITIES[1:])]
+    sound = [(("none", name), name) for name in ("Eq. 6, ties broken", "cover", "cover, without events")]
+    for which, what in (("moving", "moving things"), ("all", "all questions")):
+        rows = [
+            [*words, *(accuracy(tallies[sparsity, key].right[which]) for sparsity in SPARSITIES[1:])]
+            for words, key in (*sound, *((fault, fault) for fault in FAULTY))
+        ]
+        yield f"Right answers to {what} by sparsity, when something is wrong:\n\n" + markdown(head, rows)
     rows = [[name, *(cost(tallies[sparsity, name]) for sparsity in SPARSITIES)] for name in SELECTORS]
     head = ["groups chosen by", *(f"{sparsity:g}" for sparsity in SPARSITIES)]
     yield f"Tokens / MFLOPs / ms by sparsity; dense {cost(whole)}:\n\n" + markdown(head, rows)
@@ -367,8 +382,9 @@ def run(count: int, checkpoint: str | Path) -> None:
         for (sparsity, name), choose in rows.items():
             with warnings.catch_warnings(action="ignore"):  # of hot pixels
                 known = examine(model, choose, sample, sparsity, tallies[sparsity, name])
-                right += known if sparsity == 0 else []
-                if number <= TIMED and name in (*SELECTORS, "dense"):
+                if sparsity == 0:
+                    right += known
+                if number <= TIMED and name not in FAULTY:
                     tallies[sparsity, name].seconds.append(clock(model, choose, sample, sparsity))
         questions += sample.questions
         if sys.stderr.isatty():
@@ -383,7 +399,7 @@ def run(count: int, checkpoint: str | Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser("evidence", description="Accuracy by how the kept groups are chosen, as a Markdown table.")
+    parser = Parser("evidence", description="Accuracy by how the kept groups are chosen, as Markdown tables.")
     parser.add_argument("--questions", type=int, default=2000, help="at least so many (default: %(default)s)")
     parser.add_argument("--model", default=TINY, help="a checkpoint trained on the scenes (default: examples/tiny)")
     args = parser.parse_args(argv)

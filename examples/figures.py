@@ -26,9 +26,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from common import Parser, add_model, check_output, exit_status, load, warnings_as_lines, write_whole
-from epvlm import EPVLM, Options, Sampling, View, add_flags, announce, chosen, scale, show
+from epvlm import EPVLM, Options, Sampling, View, add_flags, add_input, announce, chosen, read_input, scale, show
 from events import read_events, resize
-from vit import read_image
+from vit import Clip, read_image
 
 ON, OFF, DROPPED = "#ff2010", "#1060ff", "#103028"  # colours of a picture; both polarities at once are purple
 
@@ -38,20 +38,29 @@ ON, OFF, DROPPED = "#ff2010", "#1060ff", "#103028"  # colours of a picture; both
 
 def picture(model: EPVLM, image, events, options: Options) -> Image.Image:
     """The image as the model gets it; the events over it, on in red and off in blue; the image with what is dropped
-    darkened. Below, the counts. image, events, options: as in `EPVLM.look`, which raises and warns."""
-    image = read_image(image)
+    darkened. Below, the counts. Of a clip, the first frame of each moment, or of eight moments that are evenly chosen,
+    from left to right. image, events, options: as in `EPVLM.look`, which raises and warns."""
+    clip = (image if isinstance(image, Clip) else Clip([read_image(image)])).within(options.window)
     events = None if events is None else read_events(events, options.order, options.time_unit)
-    view = model.look(image, events, options)
+    view = model.look(clip if clip.times is not None else clip.frames[0], events, options)
     H, W = (model.vit.config.patch_size * side for side in view.keep.shape[1:])  # pixels
-    seen = image.resize((W, H), Image.Resampling.BICUBIC)
-    middle, legend = seen.convert("L").convert("RGB"), ""
     if events is not None:
         with warnings.catch_warnings(action="ignore"):  # `look` has given them
-            window = options.window and np.array(options.window)
-            (events,), legend = events.align(image.size, options.sensor).cut(window), ", red on, blue off"
-        draw_events(middle, *(resize(events.accumulate(polarity), H, W) for polarity in ("count", "signed")))
-    caption = f"{view}\nleft: the image; middle: events{legend}; right: dropped patches darkened"
-    return side_by_side((seen, middle, darken(seen, view.keep[0].numpy())), caption)
+            moments = events.align(clip.size, options.sensor).cut(clip.edges)
+            E_v = [[each.accumulate(p, options.hot_pixels) for p in ("count", "signed")] for each in moments]
+    columns = []
+    for moment in np.linspace(0, clip.moments - 1, min(clip.moments, 8)).round().astype(int):
+        seen = Image.fromarray(clip.pixels(moment, H, W)[0].numpy())
+        middle = seen.convert("L").convert("RGB")
+        if events is not None:
+            draw_events(middle, *(resize(each, H, W) for each in E_v[moment]))
+        columns.append((seen, middle, darken(seen, view.keep[moment].numpy())))
+    legend = "events" if events is None else "events, red on, blue off"
+    if clip.times is None:
+        return grid(columns, f"{view}\nleft: the image; middle: {legend}; right: dropped patches darkened")
+    return grid(
+        list(zip(*columns, strict=True)), f"{view}\ntop: the frames; middle: {legend}; below: dropped patches darkened"
+    )
 
 
 def draw_events(image: Image.Image, count: np.ndarray, signed: np.ndarray) -> None:
@@ -75,16 +84,17 @@ def grey(values: np.ndarray) -> Image.Image:
     return Image.fromarray(np.rint(255 * values).astype(np.uint8))
 
 
-def side_by_side(panels: tuple[Image.Image, ...], caption: str) -> Image.Image:
-    """Panels of one size in a row, the caption below."""
-    width, height = panels[0].size
+def grid(rows: list[tuple[Image.Image, ...]], caption: str) -> Image.Image:
+    """Rows of panels of one size, the caption below."""
+    width, height = rows[0][0].size
     gap, font = max(8, width // 32), ImageFont.load_default(max(14, width // 20))
-    *_, across, down = map(math.ceil, ImageDraw.Draw(panels[0]).multiline_textbbox((0, 0), caption, font))
-    across = max(len(panels) * (width + gap), across + gap)
-    whole = Image.new("RGB", (across + gap, height + down + 3 * gap), "white")
-    for n, panel in enumerate(panels):
-        whole.paste(panel, (gap + n * (width + gap), gap))
-    ImageDraw.Draw(whole).multiline_text((gap, height + 2 * gap), caption, "black", font)
+    *_, across, down = map(math.ceil, ImageDraw.Draw(rows[0][0]).multiline_textbbox((0, 0), caption, font))
+    across, bottom = max(len(rows[0]) * (width + gap), across + gap), len(rows) * (height + gap)
+    whole = Image.new("RGB", (across + gap, bottom + down + 2 * gap), "white")
+    for r, row in enumerate(rows):
+        for c, panel in enumerate(row):
+            whole.paste(panel, (gap + c * (width + gap), gap + r * (height + gap)))
+    ImageDraw.Draw(whole).multiline_text((gap, bottom + gap), caption, "black", font)
     return whole
 
 
@@ -153,7 +163,7 @@ def run_picture(args: argparse.Namespace) -> None:
     options = chosen(args, Options)
     check_output(args.output, ".png", (args.image, args.events))
     with warnings_as_lines("figures"):
-        image = read_image(args.image)
+        image = read_input(args)
         events = None if args.events == "none" else read_events(args.events, options.order, options.time_unit)
         drawn = picture(load(args), image, events, options)
     write_whole(args.output, lambda file: drawn.save(file, "PNG"))
@@ -164,7 +174,7 @@ def run_compare(args: argparse.Namespace) -> None:
     if args.events == "none" and options.rule != "cover":
         raise ValueError("compare needs events, or the rule cover; give a recording or an event map")
     with warnings_as_lines("figures"):
-        image = read_image(args.image)
+        image = read_input(args)
         events = None if args.events == "none" else read_events(args.events, options.order, options.time_unit)
         model = load(args)
         warm_up(model, args.question)
@@ -181,8 +191,8 @@ def main(argv: list[str] | None = None) -> int:
     comparing = commands.add_parser("compare", help="Fig. 2 and 3: the dense and the packed answer", allow_abbrev=False)
     for command, work in ((drawing, run_picture), (comparing, run_compare)):
         command.set_defaults(work=work)
-        command.add_argument("image", help="image file")
-        command.add_argument("events", help="recording or event map, .npy or .npz")
+        add_input(command)
+        command.add_argument("events", help="recording or event map, .npy or .npz; or none")
         add_model(command)
         add_flags(command, Options)
     drawing.add_argument("-o", "--output", type=Path, required=True, help="the picture, .png")

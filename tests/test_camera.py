@@ -16,6 +16,7 @@ from PIL import Image
 import camera as module
 from camera import LUMA, CameraOptions, camera, log_intensity, main, movie, saccade
 from events import Events, budget_mask, motion, read_events, resize
+from vit import Clip
 
 
 def added_up(recording: Events, height: int, width: int, polarity: str = "count") -> np.ndarray:
@@ -239,15 +240,33 @@ def test_a_movie_becomes_a_recording(folder, capsys):
     assert np.load("events.npy").dtype.names == ("x", "y", "t", "p")
 
 
+def test_a_clip_becomes_a_recording(folder, capsys):
+    """By a list of times, a folder with times or a rate, or an animated file: as of its frames, named one by one."""
+    frames = [Image.open(f"{n}.png") for n in range(3)]
+    assert told(capsys, "0.png", "1.png", "2.png", "--fps", "50", "-o", "expected.npy") == (0, ANY)
+    Path("times.txt").write_text("0\n20000\n40000\n")
+    Path("list.txt").write_text("0.00 0.png\n0.02 1.png\n0.04 2.png\n")
+    frames[0].save("a.webp", save_all=True, append_images=frames[1:], duration=20, lossless=True)
+    (folder / "frames").mkdir()
+    for n in range(3):
+        frames[n].save(f"frames/{n}.png")
+    for source in (["list.txt"], ["frames", "--times", "times.txt"], ["frames", "--fps", "50"], ["a.webp"]):
+        assert told(capsys, *source, "-o", "events.npy") == (0, ANY)
+        assert Path("events.npy").read_bytes() == Path("expected.npy").read_bytes()
+
+
 def test_wide_grey_is_scaled_alike_in_all_frames(folder, capsys):
     for name, most in (("ten", 1000), ("also ten", 900), ("twelve", 3000)):
         Image.fromarray(np.linspace(0, most, 1200).astype(np.uint16).reshape(30, 40)).save(f"{name}.png")
-    assert [frame.max() for _, frame in movie(["ten.png", "also ten.png"])] == [1000 * 255 // 1023, 900 * 255 // 1023]
+    assert [frame.max() for _, frame in movie(Clip(["ten.png", "also ten.png"], [0, 1]))] == [
+        1000 * 255 // 1023,
+        900 * 255 // 1023,
+    ]
     assert told(capsys, "ten.png", "also ten.png", "-o", "events.npy") == (0, ANY)
     for frames, bits in ((("ten", "twelve"), (12, 10)), (("0", "ten"), (10, 8))):
         status, err = told(capsys, *(f"{name}.png" for name in frames), "-o", "events.npy")
-        fault = "{}.png: 40 x 30 pixels of {} bits, but 40 x 30 pixels of {} bits in {}.png"
-        assert status == 2 and fault.format(frames[1], *bits, frames[0]) in err and err.count("\n") == 1
+        fault = "{}.png: 40 x 30 pixels of {} bits, but 40 x 30 pixels of {} bits in the first"
+        assert status == 2 and fault.format(frames[1], *bits) in err and err.count("\n") == 1
 
 
 def test_a_still_image_becomes_a_recording(folder, capsys):
@@ -285,7 +304,7 @@ def test_an_upright_recording_of_a_photograph_on_its_side(folder, capsys):
     [
         (("no.png",), "no.png: cannot be read as an image (there is no such file)"),
         (("0.png", "no.png"), "no.png: cannot be read as an image (there is no such file)"),
-        (("0.png", "small.png"), "small.png: 8 x 9 pixels of 8 bits, but 40 x 30 pixels of 8 bits in 0.png"),
+        (("0.png", "small.png"), "small.png: 8 x 9 pixels of 8 bits, but 40 x 30 pixels of 8 bits in the first"),
         (("0.png", "text.png"), "text.png: cannot be read as an image"),
         (("0.png", "1.png", "--fps", "0"), "fps 0"),
         (("0.png", "1.png", "--fps", "nan"), "fps nan"),
@@ -295,9 +314,12 @@ def test_an_upright_recording_of_a_photograph_on_its_side(folder, capsys):
         (("0.png", "--threshold", "1e-30"), "threshold 1e-30: give 0.001 to 10"),
         (("0.png", "--noise", "1e30"), "noise 1e+30: give 0 to 1e+06"),
         (("0.png", "--seed", "-1"), "seed -1: give 0 to"),
-        (("0.png", "--fps", "30"), "fps is for several images; leave it out"),
+        (("0.png", "--fps", "30"), "0.png: a still image; leave times and fps out"),
         (("0.png", "1.png", "--radius", "1"), "radius is for a single image; leave it out"),
         (("moves.gif",), "moves.gif: holds 2 images"),
+        (("0.png", "1.png", "--times", "t.txt"), "times is for a folder of frames"),
+        ((".", "--fps", "9", "--radius", "1"), "radius is for a single image"),
+        ((".",), ".: its frames have no times; give --times FILE, or --fps"),
         (("0.png", "-o", "photo.jpg"), "photo.jpg: it is written as .npy; name it so"),
         (("0.png", "1.png", "--fps", "1e-15"), "fps 1e-15"),
         (("0.png", "-o", "0.png"), "0.png: is one of the inputs"),
