@@ -124,10 +124,11 @@ class Clip:
     clock: str = ""  # where the times come from, for the line about what was kept
 
     def __post_init__(self):
-        if self.times is not None:
-            object.__setattr__(self, "times", np.asarray(self.times, dtype=np.float64))
-            if not (0 < len(self.frames) == len(self.times) and (np.diff(self.times) > 0).all()):
-                raise ValueError(f"{len(self.frames)} frames, {len(self.times)} times; give as many, and rising times")
+        if self.times is not None or len(self.frames) != 1:
+            times, count = np.array([] if self.times is None else self.times, dtype=np.float64), len(self.frames)
+            object.__setattr__(self, "times", times)
+            if not (times.shape == (count,) != (0,) and np.isfinite(times).all() and (np.diff(times) > 0).all()):
+                raise ValueError(f"{count} frames, {times.size} times; give as many, and rising times")
 
     @classmethod
     def at_rate(cls, frames: Sequence[str | Path | Image.Image], fps: float) -> "Clip":

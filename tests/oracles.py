@@ -1,5 +1,5 @@
-"""Slow and obvious: the DENSE model of transformers in which dropped tokens are masked out of attention as keys;
-and, by loops, what `events.py` does beyond the paper."""
+"""Slow and obvious: the rows of a clip, one by one; the DENSE model of transformers in which dropped tokens are masked
+out of attention as keys; and, by loops, what `events.py` does beyond the paper."""
 
 import itertools
 import math
@@ -7,16 +7,34 @@ import statistics
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 from events import spread_order
+from vit import ImageConfig
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
     """To 1e-4 of the largest magnitude."""
     assert ours.shape == theirs.shape
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+def clip_rows(frames: list[Image.Image], height: int, width: int, config: ImageConfig) -> Tensor:
+    """The rows of RGB frames, (N, 1176), as Qwen2VLVideoProcessor makes them of (height, width) pixels: two frames a
+    moment, the last of an odd clip twice; colour before frame. (That itself needs torchvision.)"""
+    frames = [*frames, frames[-1]] if len(frames) % 2 else frames
+    levels = torch.stack([torch.from_numpy(np.array(frame)).permute(2, 0, 1) for frame in frames])  # (F, 3, H, W)
+    levels = F.interpolate(levels, (height, width), mode="bicubic", antialias=True).float()
+    mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (config.image_mean, config.image_std))
+    levels, rows = (levels - mean) / std, []
+    for moment, top, left, i, j in np.ndindex(len(frames) // 2, height // 28, width // 28, 2, 2):
+        y, x = 28 * top + 14 * i, 28 * left + 14 * j
+        first, second = levels[2 * moment : 2 * moment + 2, :, y : y + 14, x : x + 14]
+        rows.append(torch.stack([part[colour] for colour in range(3) for part in (first, second)]).flatten())
+    return torch.stack(rows)
 
 
 def group_rows(grid: Tensor) -> Tensor:
@@ -38,15 +56,18 @@ def coordinates(T: int, grid_h: int, grid_w: int) -> Tensor:
 
 @torch.no_grad()
 def masked_vision(theirs, patches: Tensor, keep: Tensor) -> Tensor:
-    """Visual tokens of the surviving groups. patches (N, 1176) dense; keep (1, grid_h, grid_w) bool."""
+    """Visual tokens of the surviving groups. patches (N, 1176) dense; keep (T, grid_h, grid_w) bool."""
     visual, rows = theirs.model.visual, group_rows(keep)
+    moment = group_rows(torch.arange(len(keep))[:, None, None].expand(keep.shape))
+    seen = (moment[:, None] == moment[None, :]) & rows[None, :]  # dropped patches are no keys, nor other moments
+    seen |= torch.eye(len(rows), dtype=torch.bool)  # a dropped query sees itself: softmax of nothing is 0 / 0
     z = visual.patch_embed(patches)
     cos, sin = visual.rotary_pos_emb(z, coordinates(*keep.shape))
     for block in visual.blocks:
         q, k, v = block.attn.qkv(block.norm1(z)).view(len(z), 3, block.attn.num_heads, -1).unbind(1)
         q, k = apply_rotary_pos_emb_vision(q, k, cos, sin)
         scores = torch.einsum("nhd,mhd->hnm", q, k) / math.sqrt(q.shape[-1])
-        scores[:, :, ~rows] = -math.inf  # dropped patches are no keys
+        scores[:, ~seen] = -math.inf
         out = torch.einsum("hnm,mhd->nhd", scores.softmax(-1), v)
         z = z + block.attn.proj(out.flatten(1))
         z = z + block.mlp(block.norm2(z))
@@ -59,7 +80,7 @@ def masked_decoder(theirs, embeddings: Tensor, positions: Tensor, keep: Tensor) 
     """Logits (L kept, vocab) of the dense sequence. embeddings (L, hidden), positions (3, L), keep (L,) bool."""
     length = len(embeddings)
     allowed = torch.ones(length, length, dtype=torch.bool).tril() & keep[None, :]
-    allowed |= torch.eye(length, dtype=torch.bool)  # a dropped query sees itself: softmax of nothing is 0 / 0
+    allowed |= torch.eye(length, dtype=torch.bool)  # as above
     mask = torch.zeros(1, 1, length, length).masked_fill(~allowed, -math.inf)
     hidden = theirs.model.language_model(
         inputs_embeds=embeddings[None], position_ids=positions[:, None], attention_mask=mask, use_cache=False

@@ -26,8 +26,9 @@ TEXTS = {  # questions
 
 @st.composite
 def masks(draw, side, moments) -> torch.Tensor:
-    """(T, side, side) bool, each side drawn for itself; True keeps, and at least one is kept."""
+    """(T, side, side) bool, each side drawn for itself; True keeps, and at least one is kept, not in each moment."""
     mask = draw(hnp.arrays(bool, (draw(moments), draw(side), draw(side))))
+    mask[sorted(draw(st.sets(st.integers(0, len(mask) - 1), max_size=len(mask) - 1)))] = False
     mask.flat[draw(st.integers(0, mask.size - 1))] = True
     return torch.from_numpy(mask)
 
@@ -52,6 +53,13 @@ def recordings(draw, min_size=0, max_size=60) -> tuple[np.ndarray, tuple[int, in
     rows = draw(st.lists(event, min_size=min_size, max_size=max_size))
     rows.sort(key=lambda row: row[2])
     return np.array(rows, dtype=XYTP), (width, height)
+
+
+def times(min_size=1, max_size=9) -> st.SearchStrategy[np.ndarray]:
+    """Of frames, (F,) microseconds that rise, whole or not, from before 0 to days."""
+    time = st.one_of(st.integers(-(10**6), 10**6), st.integers(0, 10**12), st.floats(0, 10**6, width=32))
+    each = st.lists(time, min_size=min_size, max_size=max_size, unique_by=round)
+    return each.map(lambda values: np.array(sorted(values), dtype=np.float64))
 
 
 def cells(moments) -> st.SearchStrategy[tuple[int, int, int]]:

@@ -100,17 +100,23 @@ def test_positions(checkpoint, before, moments, groups_h, groups_w, after):
     assert torch.equal(mrope_positions(before, groups, after), theirs[:, 0])
 
 
-def test_positions_of_a_clip():
-    """As transformers 4.57 has them: text after four moments of 1 x 2 groups stands after the last moment."""
+def test_positions_of_a_clip(checkpoint):
+    """Text after four moments of 1 x 2 groups stands after the last moment, as in transformers up to 5.2 (seen in 4.57)
+    and vLLM. From 5.3 to 5.24 theirs stands before the last moment is over."""
     t, h, w = mrope_positions(3, torch.ones(4, 1, 2, dtype=torch.bool), 3).tolist()
     assert t == [0, 1, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 8, 9]
     assert h == [0, 1, 2, *[3] * 8, 7, 8, 9] and w == [0, 1, 2, *[3, 4] * 4, 7, 8, 9]
+    types, grid = torch.tensor([[0] * 3 + [2] * 8 + [0] * 3]), torch.tensor([[4, 2, 4]])
+    theirs, _ = checkpoint.theirs.model.get_rope_index(torch.zeros_like(types), types, video_grid_thw=grid)
+    assert theirs[:, 0].tolist() == [[*axis[:11], 5, 6, 7] for axis in (t, h, w)]
 
 
 def test_positions_example():
-    """The docstring's."""
+    """The docstring's, and one of a clip: its middle moment keeps nothing, and the text stands after T = 3."""
     positions = mrope_positions(1, torch.tensor([[[True, False, True]]]), 2)
     assert positions.tolist() == [[0, 1, 1, 4, 5], [0, 1, 1, 4, 5], [0, 1, 3, 4, 5]]
+    positions = mrope_positions(1, torch.tensor([[[1, 0]], [[0, 0]], [[0, 1]]]), 2)
+    assert positions.tolist() == [[0, 1, 3, 4, 5], [0, 1, 1, 4, 5], [0, 1, 2, 4, 5]]
 
 
 def test_angles():
@@ -164,7 +170,7 @@ def answer_to(decoder: Decoder, hidden: Tensor, positions: Tensor, count: int) -
     return [next(answer) for _ in range(count)]
 
 
-@given(group_masks(st.integers(2, 4)), st.integers(1, 6), st.integers(1, 7), st.integers(0, 99))
+@given(group_masks(st.integers(1, 4), st.integers(1, 5)), st.integers(1, 6), st.integers(1, 7), st.integers(0, 99))
 @settings(max_examples=25)
 def test_cached_decoding(checkpoint, groups, steps, split, seed):
     """Step by step after packing equals the full pass; also with the prompt read in two parts."""

@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import math
 import re
 import shlex
 from dataclasses import fields
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
@@ -20,15 +21,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as theirs_resize
 
 import tiny
 import vit
 from epvlm import EPVLM, Options, Sampling, View, main
 from events import read_events
 from llm import Decoder, DecoderConfig, KVCache
-from oracles import assert_close, masked_decoder, masked_vision
-from strategies import SPARSITIES, TEXTS, group_masks, patch_masks
-from vit import Clip, VisionConfig, VisionTransformer, packed_patches
+from oracles import assert_close, clip_rows, masked_decoder, masked_vision
+from strategies import CLIP, SPARSITIES, TEXTS, XYTP, group_masks, patch_masks
+from vit import Clip, ImageConfig, VisionConfig, VisionTransformer, packed_patches
 
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "What is moving?"
@@ -48,34 +50,51 @@ def noise(width, height, mode="RGB", seed=0) -> Image.Image:
     return Image.fromarray(values.squeeze(), mode="L" if channels == 1 else None).convert(mode)
 
 
+def film(count: int, width: int, height: int, mode="RGB", seed=0) -> Clip:
+    """So many frames, 40 ms apart."""
+    return Clip([noise(width, height, mode, seed + n) for n in range(count)], np.arange(count) * 40_000)
+
+
 # Plain Qwen2-VL: the dense model against transformers, float32
 
 
-def reference(folder: Path, image: Image.Image, question: str) -> dict:
-    """The same inputs for transformers, by its own image processor and with the whole prompt as one string."""
-    out, tokens = Qwen2VLImageProcessorPil.from_pretrained(folder)(images=[image]), tiny.tokenizer()
-    out = {key: torch.as_tensor(np.asarray(value)) for key, value in out.items()}
-    count = int(out["image_grid_thw"].prod()) // 4
+def rows_and_grid(folder: Path, seen: Image.Image | Clip, limits: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """By transformers' image processor; of a clip, whose limits those are, as its video processor makes them."""
+    if isinstance(seen, Image.Image):
+        out = Qwen2VLImageProcessorPil.from_pretrained(folder)(images=[seen])
+        return torch.as_tensor(np.asarray(out["pixel_values"])), torch.as_tensor(np.asarray(out["image_grid_thw"]))
+    width, height = seen.frames[0].size
+    height, width = theirs_resize(height, width, 28, *limits)
+    rows = clip_rows([frame.convert("RGB") for frame in seen.frames], height, width, ImageConfig())
+    return rows, torch.tensor([[math.ceil(len(seen.frames) / 2), height // 14, width // 14]])
+
+
+def reference(folder: Path, seen: Image.Image | Clip, question: str, limits=(100352, 602112)) -> dict:
+    """The same inputs for transformers, with the whole prompt as one string."""
+    (rows, grid), tokens = rows_and_grid(folder, seen, limits), tiny.tokenizer()
+    kind, pixels, code = "video", "pixel_values_videos", 2
+    if isinstance(seen, Image.Image):
+        kind, pixels, code = "image", "pixel_values", 1
     before = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
-    text = before + "<|image_pad|>" * count + f"<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+    pads = f"<|{kind}_pad|>" * (int(grid.prod()) // 4)
+    text = f"{before}{pads}<|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
     ids = torch.tensor([tokens.encode(text).ids])
-    types = (ids == tokens.token_to_id("<|image_pad|>")).int()
-    return {"input_ids": ids, "mm_token_type_ids": types, **out}
+    types = code * (ids == tokens.token_to_id(f"<|{kind}_pad|>")).int()
+    return {"input_ids": ids, "mm_token_type_ids": types, pixels: rows, f"{kind}_grid_thw": grid}
 
 
 @torch.no_grad()
-def assert_parity(folder, theirs, ours: EPVLM, image, question=QUESTION):
+def assert_parity(folder, theirs, ours: EPVLM, seen: Image.Image | Clip, question=QUESTION):
     """Ids, pixels and positions equal; visual tokens and logits to 1e-4 of the largest; the same greedy answer."""
-    view = ours.look(image)
+    view = ours.look(seen)
     ids, positions = ours.prompt(view, question)
-    given = reference(folder, image, question)
-    assert torch.equal(ids, given["input_ids"][0])
-    assert torch.equal(view.patches, given["pixel_values"])  # not one pixel differs
-    features = theirs.model.visual(given["pixel_values"], given["image_grid_thw"]).pooler_output
-    assert_close(ours.vit(view.patches[None], view.keep)[0], features)
-    expected, _ = theirs.model.get_rope_index(
-        given["input_ids"], given["mm_token_type_ids"], image_grid_thw=given["image_grid_thw"]
-    )
+    given = reference(folder, seen, question)
+    texts, types, rows, grid = given.values()
+    assert torch.equal(ids, texts[0]) and view.keep.shape == (*grid[0],)
+    assert torch.equal(view.patches, rows)  # not one pixel differs
+    assert_close(ours.vit(view.patches[None], view.keep)[0], theirs.model.visual(rows, grid).pooler_output)
+    grids = {key: value for key, value in given.items() if key.endswith("grid_thw")}
+    expected, _ = theirs.model.get_rope_index(texts, types, **grids)
     assert torch.equal(positions, expected[:, 0])
     assert_close(ours.logits(view, question), theirs(**given).logits[0])
     generated = theirs.generate(**given, max_new_tokens=8, do_sample=False)[0, len(ids) :]
@@ -133,96 +152,173 @@ def test_scripts(checkpoint, name):
     assert_parity(*checkpoint, noise(56, 84), TEXTS[name])
 
 
+CLIPS = {  # how many frames, and their size
+    "one": (1, 240, 180),
+    "two": (2, 101, 87),
+    "three": (3, 392, 280),  # not resized
+    "five": (5, 57, 301),
+    "sixteen": (16, 240, 180),
+    "large": (2, 1500, 900),
+    "grey": (4, 60, 70, "L"),
+}
+
+
+@pytest.mark.parametrize("frames", CLIPS.values(), ids=CLIPS)
+def test_clips(checkpoint, frames):
+    """Frames get one size within limits of their own, by torch's filter; the last of an odd clip is shown twice."""
+    assert_parity(*checkpoint, film(*frames))
+
+
+def test_sizes_of_clips(checkpoint):
+    """Those of Qwen2VLVideoProcessor, as it was seen to make them (DAVIS and 1080p); a clip of one frame is a clip."""
+    sizes = {(240, 180): (280, 392), (1920, 1080): (560, 1008)}
+    for size, expected in sizes.items():
+        assert checkpoint.model.input_size(film(1, *size), Options()) == expected
+
+
+@torch.no_grad()
+def test_a_clip_longer_than_its_grid(checkpoint):
+    """Four moments of 1 x 2 groups: transformers 5.3 to 5.24 put the text before the last moments, up to 5.2, and vLLM,
+    after them, and so do we (`test_llm.py::test_positions_of_a_clip`). At our positions theirs gives our scores and
+    greedy tokens."""
+    folder, theirs, model = checkpoint
+    clip, limits = film(8, 60, 31), (784, 2000)
+    view = model.look(clip, None, Options(min_pixels=limits[0], max_pixels=limits[1]))
+    ids, positions = model.prompt(view, QUESTION)
+    given = reference(folder, clip, QUESTION, limits)
+    texts, types, rows, _ = given.values()
+    assert view.groups.shape == (4, 1, 2) and torch.equal(ids, texts[0]) and torch.equal(view.patches, rows)
+    expected, _ = theirs.model.get_rope_index(texts, types, video_grid_thw=given["video_grid_thw"])
+    text = view.start + view.tokens
+    assert torch.equal(positions[:, :text], expected[:, 0, :text])
+    assert (positions[:, text:] == expected[:, 0, text:] + 2).all()  # max(T, 1, 2) - max(1, 2)
+    assert_close(model.logits(view, QUESTION), theirs(**given, position_ids=positions[:, None]).logits[0])
+    model = EPVLM(model.checkpoint)
+    model.ends = set()  # so that four tokens come
+    tokens = torch.tensor(list(model.tokens(view, QUESTION, Sampling(4))))
+    positions = torch.cat((positions, positions[:, -1:] + torch.arange(1, 4)), dim=1)
+    given["input_ids"], given["mm_token_type_ids"] = torch.cat((texts, tokens[None, :3]), 1), F.pad(types, (0, 3))
+    logits = theirs(**given, position_ids=positions[:, None]).logits[0]
+    assert torch.equal(logits[len(ids) - 1 :].argmax(-1), tokens)
+
+
 # Packing: the packed model is the dense model with what was dropped masked out of attention
 
 
-def dense(model: EPVLM, image: Image.Image) -> View:
-    return model.look(image, None, Options(min_pixels=784))  # one group is allowed
+EMPTIED = {  # masks by group of several moments, of which some keep nothing
+    "first": torch.tensor([[[0, 0]], [[1, 0]], [[1, 1]]]).bool(),
+    "middle": torch.tensor([[[1, 0]], [[0, 0]], [[0, 1]]]).bool(),
+    "last": torch.tensor([[[1, 1], [0, 1]], [[0, 0], [0, 0]]]).bool(),
+    "all but one group": torch.tensor([[[0, 0, 0]], [[0, 0, 1]], [[0, 0, 0]], [[0, 0, 0]]]).bool(),
+}
 
 
-def view_of(model: EPVLM, image: Image.Image, mask: Tensor, cell="group") -> View:
-    """The view whose mask by cell is `mask`, by the public way: an event map, and the budget that fits it."""
+def emptied(test):
+    """Tries those besides what is drawn, of an even and of an odd clip."""
+    for groups in EMPTIED.values():
+        test = example(groups=groups, seed=0)(example(groups=groups, seed=1)(test))
+    return test
+
+
+def shown(mask: Tensor, side: int, seed=0) -> Clip:
+    """Noise of the mask's size; with an odd seed the last frame is missing, and a single moment is a still image."""
+    size, count = (side * mask.shape[2], side * mask.shape[1]), 2 * len(mask) - seed % 2
+    return Clip([noise(*size, seed=seed)]) if count == 1 else film(count, *size, seed=seed)
+
+
+def dense(model: EPVLM, clip: Clip) -> View:
+    return model.look(clip, None, Options(min_pixels=784))  # one group is allowed
+
+
+def view_of(model: EPVLM, clip: Clip, mask: Tensor, cell="group") -> View:
+    """The view whose mask by cell is `mask`, by the public way: an event in each cell kept (of a still image, an event
+    map), and the budget that fits them."""
     side, cells, kept = 28 if cell == "group" else 14, mask.numel(), int(mask.sum())
     if kept == cells:
-        return dense(model, image)
-    E_v = mask[0].repeat_interleave(side, 0).repeat_interleave(side, 1).numpy().astype(np.int64)
-    options = Options((cells - kept - 0.5) / (cells - 1), cell, min_pixels=784)
-    view = model.look(image, E_v, options)
+        return dense(model, clip)
+    t, row, column = mask.nonzero().T.numpy()
+    if clip.times is None:
+        events = mask[0].repeat_interleave(side, 0).repeat_interleave(side, 1).numpy().astype(np.int64)
+    else:
+        events = np.zeros(kept, XYTP)
+        events["t"], events["x"], events["y"] = (clip.edges[t] + clip.edges[t + 1]) / 2, side * column, side * row
+    options = Options((cells - kept - 0.5) / (cells - 1), cell, sensor=clip.size, min_pixels=784)
+    view = model.look(clip, events, options)
     assert torch.equal(view.groups if cell == "group" else view.keep, mask)
     return view
 
 
-def picture(mask: Tensor, side: int, seed=0) -> Image.Image:
-    return noise(side * mask.shape[2], side * mask.shape[1], seed=seed)
-
-
-def kept_of(model: EPVLM, ids: Tensor, groups: Tensor) -> Tensor:
+def kept_of(view: View, ids: Tensor, groups: Tensor) -> Tensor:
     """Which of the dense prompt's tokens (L,) remain."""
     kept = torch.ones(len(ids), dtype=torch.bool)
-    kept[ids == model.image_pad] = groups.flatten()
+    kept[ids == view.pad] = groups.flatten()
     return kept
 
 
-@given(patch_masks(), st.integers(0, 99))
+@given(patch_masks(CLIP), st.integers(0, 99))
 def test_packed_patches(checkpoint, keep, seed):
-    """Eq. 7: those whose mask is True, group after group."""
-    model, image, wanted = checkpoint.model, picture(keep, 14, seed), []
+    """Eq. 7: those whose mask is True, moment after moment and group after group."""
+    model, clip, wanted = checkpoint.model, shown(keep, 14, seed), []
     for n in range(keep.numel()):
-        group, within = divmod(n, 4)
+        moment, place = divmod(n, keep[0].numel())
+        group, within = divmod(place, 4)
         i, j = 2 * (group // (keep.shape[2] // 2)) + within // 2, 2 * (group % (keep.shape[2] // 2)) + within % 2
-        wanted += [n] if keep[0, i, j] else []
-    packed = packed_patches(Clip([image]), keep, model.vit.config, model.image_config)
-    assert torch.equal(packed, dense(model, image).patches[wanted])
+        wanted += [n] if keep[moment, i, j] else []
+    packed = packed_patches(clip, keep, model.vit.config, model.image_config)
+    assert torch.equal(packed, dense(model, clip).patches[wanted])
 
 
-@given(group_masks(st.integers(2, 6)), st.integers(0, 99))
+@emptied
+@given(group_masks(st.integers(2, 6), CLIP), st.integers(0, 99))
 def test_packed_vit(checkpoint, groups, seed):
-    """Eq. 8 and 9: the visual tokens are those of the dense transformer in which dropped patches are no keys."""
+    """Eq. 8 and 9: the visual tokens are those of the dense transformer, which attends within a moment, in which
+    dropped patches are no keys."""
     _, theirs, model = checkpoint
-    image = picture(groups, 28, seed)
-    view = view_of(model, image, groups)
+    clip = shown(groups, 28, seed)
+    view = view_of(model, clip, groups)
     assert len(view.patches) == 4 * groups.sum()
     with torch.inference_mode():
-        expected = masked_vision(theirs, dense(model, image).patches, view.keep)
+        expected = masked_vision(theirs, dense(model, clip).patches, view.keep)
         assert_close(model.vit(view.patches[None], view.keep)[0], expected)
 
 
-@given(patch_masks(), st.integers(0, 99))
+@given(patch_masks(CLIP), st.integers(0, 99))
 def test_broken_group(checkpoint, keep, seed):
     """Eq. 10 with the paper's 14-pixel cells: a group survives if any of its patches does, and what it lacks enters the
     merger as zeros in its own slot."""
     _, theirs, model = checkpoint
-    image = picture(keep, 14, seed)
-    patches = packed_patches(Clip([image]), keep, model.vit.config, model.image_config)
+    clip = shown(keep, 14, seed)
+    patches = packed_patches(clip, keep, model.vit.config, model.image_config)
     with torch.inference_mode():
-        expected = masked_vision(theirs, dense(model, image).patches, keep)
+        expected = masked_vision(theirs, dense(model, clip).patches, keep)
         assert_close(model.vit(patches[None], keep)[0], expected)
 
 
-@given(patch_masks().filter(lambda keep: keep.numel() > 4))
-def test_patch_cells(checkpoint, keep):
+@given(patch_masks(CLIP).filter(lambda keep: keep.numel() > 4), st.integers(0, 1))
+def test_patch_cells(checkpoint, keep, seed):
     """There is a token for each group of which a patch is kept."""
     model = checkpoint.model
-    view = view_of(model, picture(keep, 14), keep, cell="patch")
-    for _, u, v in np.ndindex(*view.groups.shape):
-        assert view.groups[0, u, v] == keep[0, 2 * u : 2 * u + 2, 2 * v : 2 * v + 2].any()
+    view = view_of(model, shown(keep, 14, seed), keep, cell="patch")
+    for t, u, v in np.ndindex(*view.groups.shape):
+        assert view.groups[t, u, v] == keep[t, 2 * u : 2 * u + 2, 2 * v : 2 * v + 2].any()
     assert len(view.patches) == keep.sum()
     ids, _ = model.prompt(view, QUESTION)
-    assert (ids == model.image_pad).sum() == view.groups.sum()
+    assert (ids == view.pad).sum() == view.groups.sum()
     assert torch.isfinite(model.logits(view, QUESTION)).all()
 
 
-@given(group_masks(st.integers(2, 5)), st.integers(0, 99))
+@emptied
+@given(group_masks(st.integers(2, 5), CLIP), st.integers(0, 99))
 @settings(max_examples=25)
 def test_packed_decoder(checkpoint, groups, seed):
     """Positions are the dense ones, packed; the logits are those of the dense decoder without the dropped keys."""
     _, theirs, model = checkpoint
-    image = picture(groups, 28, seed)
-    view = view_of(model, image, groups)
+    clip = shown(groups, 28, seed)
+    view = view_of(model, clip, groups)
     (ids, positions), (dense_ids, dense_positions) = (
-        model.prompt(each, QUESTION) for each in (view, dense(model, image))
+        model.prompt(each, QUESTION) for each in (view, dense(model, clip))
     )
-    kept = kept_of(model, dense_ids, groups)
+    kept = kept_of(view, dense_ids, groups)
     assert torch.equal(positions, dense_positions[:, kept]) and torch.equal(ids, dense_ids[kept])  # as Eq. 8
     with torch.inference_mode():
         embeddings = model.llm.embed(dense_ids)
@@ -231,46 +327,64 @@ def test_packed_decoder(checkpoint, groups, seed):
     assert_close(model.logits(view, QUESTION), expected)
 
 
-@given(group_masks(st.integers(2, 4)))
+@emptied
+@given(group_masks(st.integers(2, 4), CLIP), st.integers(0, 1))
 @settings(max_examples=15)
-def test_dense_length(checkpoint, groups):
-    """Answer tokens stand after the DENSE image: so they do in transformers with dropped keys masked."""
+def test_dense_length(checkpoint, groups, seed):
+    """Answer tokens stand after the DENSE image: so they do in transformers with dropped keys masked. The same of a
+    view that was read."""
     _, theirs, model = checkpoint
     model = EPVLM(model.checkpoint)
     model.ends = set()  # so that four tokens come
-    image = picture(groups, 28)
-    view = view_of(model, image, groups)
-    (ids, _), (dense_ids, dense_positions) = (model.prompt(each, QUESTION) for each in (view, dense(model, image)))
+    clip = shown(groups, 28, seed)
+    view = view_of(model, clip, groups)
+    (ids, _), (dense_ids, dense_positions) = (model.prompt(each, QUESTION) for each in (view, dense(model, clip)))
     tokens = torch.tensor(list(model.tokens(view, QUESTION, Sampling(4))))
     whole = torch.cat((dense_ids, tokens[:3]))
-    kept = kept_of(model, whole, groups)
+    kept = kept_of(view, whole, groups)
     delta = int(dense_positions.max()) + 1 - len(dense_ids)  # transformers' rope_delta of the DENSE prompt
     after = (torch.arange(3) + len(dense_ids) + delta).expand(3, -1)
     with torch.inference_mode():
         embeddings = model.llm.embed(whole)
         embeddings[kept] = torch.cat((model.embed(view, ids)[0], model.llm.embed(tokens[:3])))
     positions = torch.cat((dense_positions, after), dim=1)
-    logits = masked_decoder(theirs, embeddings.clone(), positions, kept)
-    assert torch.equal(logits[len(ids) - 1 :].argmax(-1), tokens)
+    expected = masked_decoder(theirs, embeddings.clone(), positions, kept)[len(ids) - 1 :]
+    for each in (view, model.read(view)):
+        scores, same = scores_and_tokens(model, each, QUESTION)
+        assert same == tokens.tolist() == expected.argmax(-1).tolist()
+        assert_close(scores, expected)
+
+
+def scene(frames: int, width: int, height: int) -> tuple[Image.Image | Clip, np.ndarray]:
+    """An image and its event map; or, of several frames, a clip and a recording, in which most moments are still."""
+    rng = np.random.default_rng(0)
+    if frames == 1:
+        return noise(width, height), rng.integers(0, 3, (height, width))
+    events = np.zeros(500, XYTP)
+    events["t"] = np.sort(rng.integers(0, 50_000, 500))
+    events["x"], events["y"] = rng.integers(0, width, 500), rng.integers(0, height, 500)
+    return film(frames, width, height), events
 
 
 @pytest.mark.parametrize("cell", ["group", "patch"])
 @pytest.mark.parametrize("rule", ["exact", "literal"])
-def test_sparsity_zero(checkpoint, cell, rule):
+@pytest.mark.parametrize("frames", [1, 5])
+def test_sparsity_zero(checkpoint, cell, rule, frames):
     """Plain Qwen2-VL, bit for bit."""
-    model, events = checkpoint.model, np.random.default_rng(0).integers(0, 9, (120, 90))
-    plain, masked = model.look(noise(90, 120)), model.look(noise(90, 120), events, Options(0, cell, rule))
+    model, (seen, events) = checkpoint.model, scene(frames, 90, 120)
+    plain, masked = model.look(seen), model.look(seen, events, Options(0, cell, rule))
     assert masked.keep.all() and masked.groups.all() and masked.S is not None
     assert torch.equal(model.logits(masked, QUESTION), model.logits(plain, QUESTION))
     some = Sampling(6)
     assert list(model.tokens(masked, QUESTION, some)) == list(model.tokens(plain, QUESTION, some))
 
 
-def test_dropped_are_never_computed(checkpoint):
+@pytest.mark.parametrize("moments", [1, 3])
+def test_dropped_are_never_computed(checkpoint, moments):
     """What enters the first and the last module is the kept patches and tokens, no more."""
-    model, mask, seen = checkpoint.model, torch.zeros(1, 5, 4, dtype=torch.bool), {}
-    mask[0, 1, 2] = mask[0, 4, 0] = True
-    view = view_of(model, picture(mask, 28), mask)
+    model, mask, seen = checkpoint.model, torch.zeros(moments, 5, 4, dtype=torch.bool), {}
+    mask[0, 1, 2] = mask[-1, 4, 0] = True
+    view = view_of(model, shown(mask, 28), mask)
     modules = {"embed": model.vit.patch_embed, "block": model.vit.blocks[-1], "merger": model.vit.merger.mlp,
                "layer": model.llm.model["layers"][-1]}  # fmt: skip
     hooks = [
@@ -281,7 +395,7 @@ def test_dropped_are_never_computed(checkpoint):
     for hook in hooks:
         hook.remove()
     assert seen == {"embed": 8, "block": 8, "merger": 2, "layer": L}
-    assert L == len(model.prompt(dense(model, picture(mask, 28)), QUESTION)[0]) - 18
+    assert L == len(model.prompt(dense(model, shown(mask, 28)), QUESTION)[0]) - mask.numel() + 2
 
 
 # Questions about a view that was read
@@ -297,16 +411,17 @@ def scores_and_tokens(model: EPVLM, view: View, question: str) -> tuple[Tensor, 
 
 
 @given(
+    st.sampled_from([1, 4, 5]),
     SPARSITIES,
     st.sampled_from([None, "", "Be brief."]),
     st.lists(st.sampled_from(["", "Hi", QUESTION, "x" * 90]), min_size=1, max_size=3),
 )
-def test_read(checkpoint, sparsity, system, questions):
+def test_read(checkpoint, frames, sparsity, system, questions):
     """Each question gets the scores and the tokens of a run of its own, and none writes to what was read."""
-    model, E_v = checkpoint.model, np.random.default_rng(0).integers(0, 3, (84, 112))
-    view = model.look(noise(112, 84), E_v, Options(sparsity, system=system))
+    model, (seen, events) = checkpoint.model, scene(frames, 112, 84)
+    view = model.look(seen, events, Options(sparsity, system=system, min_pixels=3136))
     read = model.read(view)
-    held, end = read.cache.held.clone(), int((model.prompt(view, "")[0] == model.image_pad).nonzero().max()) + 1
+    held, end = read.cache.held.clone(), int((model.prompt(view, "")[0] == view.pad).nonzero().max()) + 1
     for question in questions:
         (alone, tokens), (after, same) = (scores_and_tokens(model, each, question) for each in (view, read))
         assert_close(after, alone)
@@ -355,13 +470,14 @@ def decoders(draw) -> DecoderConfig:
                          tie_word_embeddings=draw(st.booleans()))  # fmt: skip
 
 
-@given(visions(), patch_masks())
+@given(visions(), patch_masks(CLIP))
 def test_flops_of_vit(config, keep):
-    """For whole and for broken groups."""
+    """For whole and for broken groups; attention within each moment."""
     with torch.device("meta"):
         model = VisionTransformer(config)
     patches, groups = int(keep.sum()), int(keep.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).any(4).any(2).sum())
-    assert counted(lambda: model(torch.empty(1, patches, 1176), keep)) == sum(model.flops([patches], groups))
+    n_t = keep.sum(dim=(1, 2)).tolist()
+    assert counted(lambda: model(torch.empty(1, patches, 1176), keep)) == sum(model.flops(n_t, groups))
 
 
 @given(decoders(), st.integers(1, 40), st.data())
@@ -378,10 +494,13 @@ def test_flops_of_llm(config, tokens, data):
     assert counted(work) == sum(decoder.flops(tokens, scored))
 
 
-def test_flops(checkpoint):
-    """With half of 12 groups kept, and dense; only the last position is scored."""
-    model, E_v = checkpoint.model, np.random.default_rng(0).random((112, 84))
-    half, whole = (model.look(noise(84, 112), E_v, Options(sparsity)) for sparsity in (0.5, 0.0))
+@pytest.mark.parametrize("frames", [1, 5])
+def test_flops(checkpoint, frames):
+    """With half of 12 groups kept of each moment, or more of one than of another, and dense; only the last position is
+    scored."""
+    model, (seen, events) = checkpoint.model, scene(frames, 84, 112)
+    half, whole = (model.look(seen, events, Options(sparsity, min_pixels=3136)) for sparsity in (0.5, 0.0))
+    assert half.tokens == half.groups.numel() / 2 and (frames == 1 or half.groups.sum(dim=(1, 2)).unique().numel() > 1)
     assert model.flops(half, "What?")[1] == model.flops(whole, "What?")[0] == model.flops(whole, "What?")[1]
     for view in (half, whole):
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

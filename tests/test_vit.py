@@ -2,6 +2,8 @@
 
 import re
 import types
+from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as theirs_resize
 from transformers.models.qwen2_vl.modeling_qwen2_vl import eager_attention_forward
@@ -17,7 +20,19 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import eager_attention_forwa
 import rope2d
 import tiny
 import vit
-from vit import ImageConfig, Merger, VisionConfig, VisionTransformer, patchify, read_image, smart_resize
+from oracles import assert_close, clip_rows
+from strategies import patch_masks, times
+from vit import (
+    Clip,
+    ImageConfig,
+    Merger,
+    VisionConfig,
+    VisionTransformer,
+    packed_patches,
+    patchify,
+    read_image,
+    smart_resize,
+)
 
 SMALL = {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 8}
 WIDE_GREY = ["I;16", "I;16B", "I"]  # Pillow's modes of it
@@ -177,6 +192,134 @@ def test_an_array_is_not_printed():
     assert "77" not in str(caught.value) and "\n" not in str(caught.value)
 
 
+# Clips
+
+FRAMES = [tiny.noise(56, 28, seed) for seed in range(9)]
+
+
+def test_edges_example():
+    """The docstring's: windows of two frames, two frames and one."""
+    clip = Clip(FRAMES[:5], [0, 40, 80, 120, 160])
+    assert clip.moments == 3 and clip.edges.tolist() == [-20, 60, 140, 180]
+    assert clip.seconds.tolist() == [[[80e-6]], [[80e-6]], [[40e-6]]]
+
+
+@given(times(min_size=2))
+def test_edges(times):
+    """Windows touch halfway between two moments, hold their own frames alone, and go on for half a frame's time."""
+    clip = Clip(FRAMES[: len(times)], times)
+    edges, F = clip.edges, len(times)
+    assert edges.shape == (clip.moments + 1,) and clip.moments == (F + 1) // 2
+    for moment in range(clip.moments):
+        inside = (edges[moment] <= times) & (times <= edges[moment + 1])
+        assert inside.nonzero()[0].tolist() == [n for n in (2 * moment, 2 * moment + 1) if n < F]
+    assert edges[1:-1].tolist() == [(a + b) / 2 for a, b in zip(times[1:-1:2], times[2::2], strict=True)]
+    ends = times[0] - (times[1] - times[0]) / 2, times[-1] + (times[-1] - times[-2]) / 2
+    np.testing.assert_allclose(edges[[0, -1]], ends, rtol=1e-12)
+    assert (clip.seconds > 0).all() and clip.seconds.shape == (clip.moments, 1, 1)
+    np.testing.assert_allclose(clip.seconds.sum(), (ends[1] - ends[0]) / 1e6, rtol=1e-6, atol=1e-9)
+
+
+@given(times(), st.data())
+def test_within(times, data):
+    """The frames of a window, both ends included; the windows of their moments stay inside it."""
+    start, end = sorted(data.draw(st.tuples(*[st.sampled_from([*times, 0.5, times[0] - 1, times[-1] + 1])] * 2)))
+    inside = [n for n, time in enumerate(times) if start <= time <= end]
+    clip = Clip(FRAMES[: len(times)], times)
+    if not inside:
+        with pytest.raises(ValueError, match=r"no frame from .* they go from .*; change window"):
+            clip.within((start, end))
+        return
+    part = clip.within((start, end))
+    assert part.times.tolist() == times[inside].tolist() and part.window == (start, end)
+    assert part.frames == [FRAMES[n] for n in inside]
+    if len(inside) < 2:
+        assert part.edges.tolist() == [start, end] and part.seconds == 1
+        return
+    whole = Clip(part.frames, part.times).edges
+    assert part.edges.tolist() == [min(max(edge, start), end) for edge in whole] and (part.seconds > 0).all()
+    assert clip.within(None).edges.tolist() == clip.edges.tolist()
+
+
+def test_without_times_of_their_own():
+    """A still image, and a clip of one frame, see all events, or those of the window; frames at a rate begin at 0."""
+    for clip in (Clip(FRAMES[:1]), Clip(FRAMES[:1], [7.0])):
+        assert clip.moments == 1 and clip.edges is None and clip.seconds == 1
+        assert clip.within((0, 50)).edges.tolist() == [0, 50] and clip.within((0, 50)).seconds == 1
+    assert Clip.at_rate(FRAMES[:3], 25).times.tolist() == [0, 40_000, 80_000]
+    for fps in (0, -1, float("nan"), float("inf"), 1e-9):
+        with pytest.raises(ValueError, match=r"fps .*: give 0.001 to 1000000"):
+            Clip.at_rate(FRAMES, fps)
+
+
+@pytest.mark.parametrize(
+    "count, times",
+    [(2, [0]), (1, [0, 1]), (0, []), (2, [1, 1]), (3, [0, 2, 1]), (2, [0, np.nan]), (2, [0, np.inf]), (1, [np.nan]),
+     (1, [[0]]), (2, [[0], [1]]), (2, 5), (2, None), (0, None)],
+)  # fmt: skip
+def test_times_that_do_not_fit(count, times):
+    """As many as the frames, finite, rising; only a single frame may have none."""
+    with pytest.raises(ValueError, match=rf"{count} frames, \d times; give as many, and rising times"):
+        Clip(FRAMES[:count], times)
+
+
+def test_frames_of_another_size():
+    clip = Clip([*FRAMES[:3], tiny.noise(28, 56)], range(4))
+    assert clip.pixels(0, 28, 56).shape == (2, 28, 56, 3)
+    with pytest.raises(ValueError, match=r"frame 4 has 28 x 56 pixels, the first 56 x 28; give frames of one size"):
+        clip.pixels(1, 28, 56)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_resampling(count):
+    """Pillow's filter for a still image, torch's for a clip, at most two levels apart. A still image and the last frame
+    of an odd clip are shown twice."""
+    clip = Clip(FRAMES[:count], range(count))
+    for moment in range(clip.moments):
+        shown, numbers = clip.pixels(moment, 84, 140), (2 * moment, min(2 * moment + 1, count - 1))
+        for pixels, number in zip(shown, numbers, strict=True):
+            still = Clip([FRAMES[number]]).pixels(0, 84, 140)
+            pillow = np.array(FRAMES[number].resize((140, 84), Image.Resampling.BICUBIC))
+            assert torch.equal(still, torch.from_numpy(pillow).expand(2, -1, -1, -1))
+            levels = torch.from_numpy(np.array(FRAMES[number])).permute(2, 0, 1)[None]
+            levels = F.interpolate(levels, (84, 140), mode="bicubic", antialias=True)
+            assert torch.equal(pixels, levels[0].permute(1, 2, 0))
+            assert 0 < (pixels.int() - still[0].int()).abs().max() <= 2
+
+
+def test_a_clip_of_one_frame():
+    """Without resizing it has the rows of a still image but for the last bit, which is as in transformers."""
+    keep, config = torch.ones(1, 2, 4, dtype=torch.bool), (VisionConfig(), ImageConfig())
+    clip, still = (packed_patches(each, keep, *config) for each in (Clip(FRAMES[:1], [0]), Clip(FRAMES[:1])))
+    assert 0 < (clip - still).abs().max() < 1e-6
+    assert torch.equal(clip, clip_rows(FRAMES[:1], 28, 56, ImageConfig()))
+
+
+@given(patch_masks(st.integers(1, 4)), st.integers(0, 1), st.booleans())
+def test_read_when_needed(keep, odd, resized):
+    """A moment that keeps nothing is not read, and pixels are held a moment at a time."""
+    count, (height, width) = 2 * len(keep) - odd, (14 * side for side in keep.shape[1:])
+    read, held, pixels = set(), [], Clip.pixels
+
+    def reading(n):
+        read.add(n)
+        return tiny.noise(width + resized, height, n)
+
+    def holding(*given):
+        assert all(storage.expired() for storage in held)
+        X_t = pixels(*given)
+        held.append(StorageWeakRef(X_t.untyped_storage()))
+        return X_t
+
+    clip = Clip([partial(reading, n) for n in range(count)], range(count))
+    assert clip.size == (width + resized, height) and read == {0}  # the size of all is that of the first
+    read.clear()
+    with mock.patch.object(Clip, "pixels", holding):
+        packed = packed_patches(clip, keep, VisionConfig(), ImageConfig())
+    assert len(packed) == keep.sum() and all(storage.expired() for storage in held)
+    assert read == {n for n in range(count) if keep[n // 2].any()}
+
+
 # Patches
 
 
@@ -224,6 +367,17 @@ def test_images_of_a_batch():
     with torch.inference_mode():
         alone = torch.cat([model(part, keep) for part in patches.split(1)])
         torch.testing.assert_close(model(patches, keep), alone)
+
+
+def test_moments_of_a_clip():
+    """Each is computed as if alone: attention stays within a moment."""
+    model, keep = VisionTransformer(VisionConfig(**SMALL)), torch.rand(4, 4, 6) < 0.6
+    keep[0, 0, 0], keep[1] = True, False
+    n_t = keep.sum(dim=(1, 2)).tolist()
+    patches = torch.randn(1, sum(n_t), 1176)
+    with torch.inference_mode():
+        alone = [model(part, keep[n : n + 1]) for n, part in enumerate(patches.split(n_t, dim=1)) if n_t[n]]
+        assert_close(model(patches, keep), torch.cat(alone, dim=1))
 
 
 def test_merger_example():
