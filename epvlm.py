@@ -29,7 +29,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from itertools import islice, permutations
+from io import StringIO
+from itertools import chain, islice, pairwise, permutations
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 import weights
-from events import MICROSECONDS, RULES, budget, motion, need, novelty, read_events, resize, summary, worth
+from events import MICROSECONDS, RULES, budget, motion, need, novelty, read_events, resize, worth
 from llm import SYSTEM, KVCache, generate, mrope_positions, prompt_ids, sampler
 from vit import Clip, packed_patches, read_image, smart_resize
 
@@ -162,13 +163,15 @@ class EPVLM:
         side = group if options.cell == "group" else patch  # of a cell, in pixels
         S, M, source = None, np.ones((T, H // side, W // side), dtype=bool), "no events"
         if events is not None:
-            events = read_events(events, options.order, options.time_unit).align(clip.size, options.sensor)
-            moments = events.cut(clip.edges)
-            E_v = (resize(each.accumulate(options.polarity, options.hot_pixels), H, W)[None] for each in moments)
+            events, edges = read_events(events, options.order, options.time_unit), clip.edges
+            (events,) = events.align(clip.size, options.sensor).cut(None if edges is None else edges[[0, -1]])
+            source = str(events)
+            moments = (each.accumulate(options.polarity, options.hot_pixels) for each in events.cut(edges))
+            E_v = (resize(each, H, W)[None] for each in moments)  # (1, H, W) each
             S = np.concatenate([motion(E_t, side) for E_t in E_v]) / clip.seconds  # Eq. 5: (T, cells_h, cells_w)
-            source = summary(moments)
         if drops and options.rule == "cover":  # ours, in the place of Eq. 6
-            G = np.stack([novelty(*frames, side) for frames in clip.first_frames(H, W)])
+            frames = (clip.pixels(t, H, W)[0].numpy() for t in range(T))  # the first of each moment
+            G = np.stack([novelty(frame, before, side) for before, frame in pairwise(chain([None], frames))])
             M = RULES["cover"](worth(S, G), 1 - options.sparsity)
         elif drops:
             M = RULES[options.rule](S, 1 - options.sparsity)  # Eq. 6: (T, cells_h, cells_w) bool
@@ -186,7 +189,8 @@ class EPVLM:
         """(H, W) in pixels, by the limits of the options, else of the checkpoint, which are narrower for a frame."""
         config = self.image_config
         if clip.times is not None:
-            low, high = (min(max(pixels, config.min_pixels), config.max_pixels) for pixels in FRAME_PIXELS)
+            most = config.max_pixels if options.max_pixels is None else options.max_pixels
+            low, high = (min(max(pixels, config.min_pixels), config.max_pixels, most) for pixels in FRAME_PIXELS)
             config = replace(config, min_pixels=low, max_pixels=high)
         limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
         config = replace(config, **{name: value for name, value in limits.items() if value is not None})
@@ -369,70 +373,76 @@ def read_clip(path: Path, times: str | None = None, fps: float | None = None) ->
     if path.suffix.lower() in VIDEOS:
         command = f"mkdir frames && ffmpeg -i {path} -r 10 frames/%06d.png"
         raise ValueError(f"{path}: a video; make a folder of its frames ({command}), and give that with --fps 10")
-    frames, clock, name = read_list(path) if path.suffix.lower() == ".txt" else read_frames(path)
+    if path.suffix.lower() == ".txt":
+        frames, words = read_list(path)
+        clock, name = in_microseconds(words, path)
+    elif path.is_dir():
+        frames = sorted(each for each in path.iterdir() if each.suffix.lower() in Image.registered_extensions())
+        need(bool(frames), f"{path}: a folder without images; give one with frames")
+        clock, name = None, ""
+    else:
+        (frames, clock), name = animation(path), " at their own times"
     if not frames:
         need(times is None and fps is None, f"{path}: a still image; leave times and fps out")
         return None
     if times is not None:
-        clock, name = in_microseconds([row.split() for row in rows(times)], times)
+        clock, name = in_microseconds(read_words(times), times)
     if fps is not None:
         return Clip.at_rate(frames, fps)
     need(clock is not None, f"{path}: its frames have no times; give --times FILE, or --fps")
     return Clip(frames, clock, clock=name)
 
 
-def read_list(path: Path) -> tuple[list[Path], np.ndarray, str]:
-    """The frames of a list that are there, their times in microseconds, and the unit they had. Names are relative to
-    the list, or lie beside it."""
-    listed = [row.split(maxsplit=1) for row in rows(path)]
-    need(all(len(row) == 2 for row in listed), f"{path}: a line is not `time name`; correct it")
-    found = [(time, path.parent / name.strip(), path.parent / Path(name.strip()).name) for time, name in listed]
-    there = [(time, next(filter(Path.is_file, names))) for time, *names in found if any(map(Path.is_file, names))]
-    need(bool(there), f"{path}: none of its {len(found)} frames is there; give their names relative to the list")
-    if len(there) < len(found):
-        lost = f"{len(found) - len(there)} of {len(found)} frames are missing, and left out"
+def read_list(path: Path) -> tuple[list[Path], np.ndarray]:
+    """The frames of a list that are there, by their names relative to it or beside it, and the words of their times,
+    (F, 1). Warns of those that are missing."""
+    rows, there = read_words(path), []
+    need(rows.shape[1] == 2, f"{path}: a line is not `time name`; correct it")
+    for when, name in rows:
+        places = (path.parent / name, path.parent / Path(name).name)
+        there += [(when, place) for place in places if place.is_file()][:1]
+    need(bool(there), f"{path}: none of its {len(rows)} frames is there; give their names relative to the list")
+    if len(there) < len(rows):
+        lost = f"{len(rows) - len(there)} of {len(rows)} frames are missing, and left out"
         warnings.warn(f"{path}: {lost}", stacklevel=2)
-    return [name for _, name in there], *in_microseconds([[time] for time, _ in there], path)
+    return [place for _, place in there], np.array([[when] for when, _ in there])
 
 
-def read_frames(path: Path) -> tuple[list, np.ndarray | None, str]:
-    """The images of a folder, by name; or the frames of an animated file, read when needed, and their times in
-    microseconds; or, of a still image, none."""
-    if path.is_dir():
-        frames = sorted(each for each in path.iterdir() if each.suffix.lower() in Image.registered_extensions())
-        need(bool(frames), f"{path}: a folder without images; give one with frames")
-        return frames, None, ""
+def animation(path: Path) -> tuple[list, np.ndarray | None]:
+    """The frames of an animated file, read when needed, and their times in microseconds; of another image neither."""
     shown = []  # milliseconds of each frame
     with contextlib.suppress(Exception):  # `read_image` says what is wrong
+        need(path.is_file(), "a pipe would be waited for")
         file = Image.open(path)
         for n in range(getattr(file, "n_frames", 1)):
             file.seek(n)
             file.load()
             shown.append(file.info.get("duration") or 0)
     if len(shown) < 2 or min(shown) <= 0:  # the pages of a document have no times
-        return [], None, ""
-    frames = [partial(lambda n: file.seek(n) or file.copy(), n) for n in range(len(shown))]
-    return frames, 1000.0 * np.cumsum([0, *shown[:-1]]), " at their own times"
+        return [], None
+    times = 1000.0 * np.cumsum([0, *shown[:-1]])
+    return [partial(lambda n: file.seek(n) or file.copy(), n) for n in range(len(shown))], times
 
 
-def rows(path: str | Path) -> list[str]:
-    """The lines of a text file that are neither empty nor comments, with spaces for commas."""
+def read_words(path: str | Path) -> np.ndarray:
+    """The words of a text file, (lines, words), parted by spaces or commas; after # comes a comment."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "no text"
+        with warnings.catch_warnings(action="error"):  # of no lines at all
+            return np.loadtxt(StringIO(Path(path).read_text().replace(",", " ")), dtype=str, ndmin=2)
+    except (OSError, ValueError, UserWarning) as error:
+        reason = getattr(error, "strerror", None) or "not lines of as many words each"
         raise ValueError(f"{path}: cannot be read ({reason}); give lines that begin with a time") from None
-    return [line.replace(",", " ") for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
 
-def in_microseconds(rows: list[list[str]], name: str | Path) -> tuple[np.ndarray, str]:
+def in_microseconds(words: np.ndarray, name: str | Path) -> tuple[np.ndarray, str]:
     """A time for each row of one number, or of two, the start and end of an exposure; and the unit they had: seconds if
     any is not a whole number, else microseconds."""
     try:
-        times = np.array([[float(word) for word in row] for row in rows]).mean(axis=1)
+        times = words.astype(np.float64).mean(axis=1)
+        need(words.shape[1] <= 2 and np.isfinite(times).all(), "")
     except ValueError:
         raise ValueError(f"{name}: a line does not begin with a time, or two; correct it") from None
-    whole = all(word.isdigit() for row in rows for word in row)
+    whole = all(word.lstrip("+-").isdigit() for word in words.flat)
     return times * (1 if whole else 1e6), f" at times in {'microseconds' if whole else 'seconds'}"
 
 

@@ -135,13 +135,6 @@ class EventMap:
         return mend(self.values) if hot_pixels == "mend" else self.values
 
 
-def summary(moments: list[Events] | list[EventMap]) -> str:
-    """What the moments hold, in words, such as "37142 events in 20.0 ms"."""
-    if len(moments) == 1:
-        return str(moments[0])
-    return f"{sum(map(len, moments))} events in {(moments[-1].window[1] - moments[0].window[0]) / 1000:.1f} ms"
-
-
 def read_events(source, order: str | None = None, time_unit: str | None = None) -> Events | EventMap:
     """Reads a recording, or an event map that is already accumulated.
 

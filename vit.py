@@ -18,7 +18,7 @@ patch kept it is plain Qwen2-VL. Module names are the published tensor names. Wh
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -168,7 +168,7 @@ class Clip:
     def within(self, window: tuple[float, float] | None) -> "Clip":
         """The frames from start to end, both included, in microseconds. Raises ValueError if there are none."""
         if self.times is None or window is None:
-            return replace(self, window=window)
+            return replace(self, window=window or self.window)
         inside = ((self.times >= window[0]) & (self.times <= window[1])).nonzero()[0]
         if not len(inside):
             told = "{:.16g} to {:.16g} us, they go from {:.16g} to {:.16g} us".format(*window, *self.times[[0, -1]])
@@ -193,14 +193,6 @@ class Clip:
         both = [np.asarray(self.frame(min(n, len(self.frames) - 1))) for n in (2 * moment, 2 * moment + 1)]
         both = torch.from_numpy(np.stack(both)).permute(0, 3, 1, 2)
         return F.interpolate(both, (height, width), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
-
-    def first_frames(self, height: int, width: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """Of each moment the first frame, (H, W, 3) uint8, with that of the moment before, or None."""
-        before = None
-        for moment in range(self.moments):
-            frame = self.pixels(moment, height, width)[0].numpy()
-            yield frame, before
-            before = frame
 
 
 def patchify(X_t: Tensor, patch_size: int = 14, merge: int = 2) -> Tensor:
