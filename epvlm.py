@@ -186,7 +186,8 @@ class EPVLM:
         """(H, W) in pixels, by the limits of the options, else of the checkpoint, which are narrower for a frame."""
         config = self.image_config
         if clip.times is not None:
-            low, high = (min(max(pixels, config.min_pixels), config.max_pixels) for pixels in FRAME_PIXELS)
+            most = config.max_pixels if options.max_pixels is None else options.max_pixels
+            low, high = (min(max(pixels, config.min_pixels), config.max_pixels, most) for pixels in FRAME_PIXELS)
             config = replace(config, min_pixels=low, max_pixels=high)
         limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
         config = replace(config, **{name: value for name, value in limits.items() if value is not None})
@@ -359,12 +360,12 @@ def read_input(args: argparse.Namespace) -> Image.Image | Clip:
         raise ValueError(f"{path}: a video; make a folder of its frames ({command}), and give that with --fps 10")
     frames, times, clock = read_list(path) if path.suffix.lower() == ".txt" else read_frames(path)
     if frames == [path]:
-        need(not (args.times or args.fps or args.frames), f"{path}: a still image; leave out times, fps and frames")
+        need(args.times is args.fps is args.frames is None, f"{path}: a still image; leave out times, fps and frames")
         return read_image(path)
     if args.times:
         times, clock = in_microseconds([row.split() for row in rows(args.times)], args.times)
-    need(args.fps or times is not None, f"{path}: its frames have no times; give --times FILE, or --fps")
-    clip = Clip.at_rate(frames, args.fps) if args.fps else Clip(frames, times, clock=clock)
+    need(args.fps is not None or times is not None, f"{path}: its frames have no times; give --times FILE, or --fps")
+    clip = Clip.at_rate(frames, args.fps) if args.fps is not None else Clip(frames, times, clock=clock)
     clip = clip.within(args.window)
     count = max(4, round(np.ptp(clip.times) / 500_000)) if args.frames is None else args.frames
     need(count >= 1, f"frames {count}: give 1 or more")
@@ -396,6 +397,7 @@ def read_frames(path: Path) -> tuple[list, np.ndarray | None, str]:
         return frames, None, ""
     durations = []  # milliseconds
     with contextlib.suppress(Exception):  # `read_image` says what is wrong
+        need(path.is_file(), "a pipe would be waited for")
         file = Image.open(path)
         for n in range(getattr(file, "n_frames", 1)):
             file.seek(n)
@@ -426,10 +428,11 @@ def in_microseconds(rows: list[list[str]], name: str | Path) -> tuple[np.ndarray
     """A time for each row of one number, or of two, the start and end of an exposure; and the unit they had: seconds if
     any is not a whole number, else microseconds."""
     try:
+        need(all(len(row) <= 2 and math.isfinite(sum(map(float, row))) for row in rows), "")
         times = np.array([[float(word) for word in row] for row in rows]).mean(axis=1)
     except ValueError:
         raise ValueError(f"{name}: a line does not begin with a time, or two; correct it") from None
-    whole = all(word.isdigit() for row in rows for word in row)
+    whole = all(word.lstrip("+-").isdigit() for row in rows for word in row)
     return times * (1 if whole else 1e6), f" at times in {'microseconds' if whole else 'seconds'}"
 
 

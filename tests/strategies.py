@@ -54,6 +54,14 @@ def recordings(draw, min_size=0, max_size=60) -> tuple[np.ndarray, tuple[int, in
     return np.array(rows, dtype=XYTP), (width, height)
 
 
+@st.composite
+def edges(draw, rows: np.ndarray) -> np.ndarray:
+    """Where windows begin and end, (T + 1,) rising; often at the time of an event, or between two microseconds."""
+    times = [st.integers(-10, 10**6 + 10), st.integers(-10, 10**6).map(lambda t: t + 0.5)]
+    times += [st.sampled_from(rows["t"].tolist())] if len(rows) else []
+    return np.array(sorted(draw(st.lists(st.one_of(times), min_size=2, max_size=7, unique=True))), np.float64)
+
+
 def cells(moments) -> st.SearchStrategy[tuple[int, int, int]]:
     return st.tuples(moments, st.integers(1, 9), st.integers(1, 9))
 
