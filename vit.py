@@ -167,6 +167,7 @@ class Clip:
 
     def within(self, window: tuple[float, float] | None) -> "Clip":
         """The frames from start to end, both included, in microseconds. Raises ValueError if there are none."""
+        window = self.window if window is None else window
         if self.times is None or window is None:
             return replace(self, window=window or self.window)
         inside = ((self.times >= window[0]) & (self.times <= window[1])).nonzero()[0]

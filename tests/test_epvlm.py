@@ -32,12 +32,12 @@ import epvlm
 import hub
 import tiny
 import weights
-from epvlm import EPVLM, Options, Sampling, main
-from events import RULES, EventMap, budget, cover_mask, novelty, read_events, resize, worth
+from epvlm import EPVLM, Clip, Options, Sampling, main
+from events import RULES, EventMap, budget, cover_mask, motion, novelty, read_events, resize, worth
 from fuzz import READERS, fuzz
 from oracles import group_rows
 from strategies import SPARSITIES, XYTP
-from vit import VisionTransformer
+from vit import VisionTransformer, read_image
 
 ROOT = Path(epvlm.__file__).resolve().parent
 TINY = ROOT / "examples" / "tiny"
@@ -46,6 +46,10 @@ QUESTIONS = [QUESTION, "The red circle moves.", "left of the small square?"]
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (112, 84, 3), dtype=np.uint8))
 MODEL = ("--model", "model", "--max-new-tokens")
 ASK = (QUESTION, *MODEL, "1")
+FRAMES = [tiny.noise(84, 112, n).point(lambda level: level & 128) for n in range(9)]  # of 8 colours, few enough for GIF
+DURATIONS = [40, 50, 40, 50, 40, 50, 40, 50, 40]  # milliseconds
+TIMES = 1000 * np.cumsum([0, *DURATIONS[:-1]])
+SMALL = {"min_pixels": 3136, "max_pixels": 12544}
 KEPT = "kept 24 of 48 patches (6 of 12 tokens), 100 events in 0.1 ms"
 
 
@@ -385,6 +389,132 @@ def test_another_system_turn_of_the_checkpoint_is_a_warning(checkpoint, usual):
         assert ["system" in str(warning.message) for warning in caught] == [True] * (not usual and system is None)
 
 
+# Look at a clip
+
+
+def filmed(seed: int, size: tuple[int, int], end: int, count: int = 300) -> np.ndarray:
+    """Events at random places of a sensor of that size, from 90 ms before 0 to 90 ms after `end`, in any order."""
+    rng, rows = np.random.default_rng(seed), np.zeros(count, [("x", "u2"), ("y", "u2"), ("t", "i8"), ("p", "i1")])
+    for name, low, high in (("x", 0, size[0]), ("y", 0, size[1]), ("t", -90_000, end + 90_000), ("p", 0, 2)):
+        rows[name] = rng.integers(low, high, count)
+    return rows
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(2, 7),
+    st.integers(0, 2**32 - 1),
+    SPARSITIES,
+    st.sampled_from(["group", "patch"]),
+    st.sampled_from(list(RULES)),
+    st.sampled_from(["count", "signed"]),
+    st.sampled_from(["keep", "mend"]),
+)
+def test_a_view_of_a_clip_by_hand(checkpoint, count, seed, sparsity, cell, rule, polarity, hot):
+    """The windows from the frames' times, S a rate, one budget over all moments, and the dense clip's patches."""
+    model, rng = checkpoint.model, np.random.default_rng(seed)
+    times = np.cumsum(rng.integers(1, 90_000, count)).astype(float)
+    frames = [tiny.noise(84, 112, n) for n in rng.integers(0, 9, count).tolist()]
+    rows, options = filmed(seed, (84, 112), int(times[-1])), Options(sparsity, cell, rule, hot, polarity, **SMALL)
+    rows["x"][:60], rows["y"][:60] = 70, 100  # a hot pixel
+    first, last = times[0] - (times[1] - times[0]) / 2, times[-1] + (times[-1] - times[-2]) / 2
+    edges = [first, *((times[n - 1] + times[n]) / 2 for n in range(2, count, 2)), last]
+    with warnings.catch_warnings(action="ignore"):
+        view, dense = (model.look(Clip(frames, times), each, options) for each in (rows, None))
+        dense = model.look(Clip(frames, times), None, Options(**SMALL))
+        H, W = (14 * side for side in dense.keep.shape[1:])
+        side, S = 28 if cell == "group" else 14, []
+        for n, (start, end) in enumerate(itertools.pairwise(edges), 1):
+            inside = rows[(rows["t"] >= start) & ((rows["t"] <= end) if n == len(edges) - 1 else (rows["t"] < end))]
+            E_v = read_events(inside).align((84, 112)).accumulate(polarity, hot)
+            S.append(motion(resize(E_v, H, W)[None], side)[0] / ((end - start) / 1e6))
+    assert np.allclose(view.S, S, rtol=1e-12, atol=0)
+    w = view.S
+    if rule == "cover":
+        shown = [dense_frame(frame, H, W) for frame in frames[::2]]
+        G = [novelty(frame, before, side) for frame, before in zip(shown, [None, *shown[:-1]], strict=True)]
+        w = worth(view.S, np.stack(G))
+    mask = RULES[rule](w, 1 - sparsity)
+    assert np.array_equal(view.keep, mask.repeat(side // 14, 1).repeat(side // 14, 2))
+    assert rule == "literal" or mask.sum() == budget(mask.size, 1 - sparsity)
+    assert torch.equal(view.patches, dense.patches[group_rows(view.keep)])
+    assert dense.keep.all() and dense.S is None
+
+
+def dense_frame(frame: Image.Image, H: int, W: int) -> np.ndarray:
+    pixels = torch.from_numpy(np.array(frame)).permute(2, 0, 1)[None]
+    return torch.nn.functional.interpolate(pixels, (H, W), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+
+
+def test_motion_of_a_clip_is_a_rate(checkpoint):
+    """Frames at 0, 40, 80, 120, 160 ms have windows of 80, 80 and 40 ms: the last moment of an odd clip counts double.
+    An event each millisecond of -25 to 190 at one pixel is the same motion in each."""
+    rows = np.zeros(216, filmed(0, (1, 1), 0).dtype)
+    rows["t"], rows["x"], rows["y"] = 1000 * np.arange(-25, 191), 70, 100
+    view = checkpoint.model.look(Clip(FRAMES[:5], 40_000 * np.arange(5)), rows, Options(sensor=(84, 112), **SMALL))
+    H, W = (14 * side for side in view.keep.shape[1:])
+    totals = view.S.sum(axis=(1, 2)) / (H * W)
+    assert totals.tolist() == pytest.approx([1000, 1000, 1025])  # the last window has both its ends
+    assert str(view).endswith(", 201 events in 200.0 ms, 5 frames")
+
+
+@pytest.mark.parametrize("rule", ["exact", "literal"])
+def test_one_budget_over_the_whole_clip(checkpoint, monkeypatch, rule):
+    """All that moves is in the second of four moments, so all that is kept; the others are not even resized. That a
+    moment has no events is normal and does not warn."""
+    clip, rows = Clip(FRAMES[:8], 40_000 * np.arange(8)), filmed(0, (84, 112), 0, 3000)
+    rows["t"] = np.arange(3000) * 20 + 65_000
+    read, pixels = [], Clip.pixels
+    monkeypatch.setattr(Clip, "pixels", lambda *given: read.append(given[1]) or pixels(*given))
+    with warnings.catch_warnings(action="error"):
+        view = checkpoint.model.look(clip, rows, Options(0.8, rule=rule, **SMALL))
+    kept, cells = view.groups.sum(dim=(1, 2)).tolist(), view.groups.numel()
+    assert kept == [0, budget(cells, 0.2), 0, 0] and read == [1]
+
+
+def test_a_clip_without_any_event_warns_once_and_keeps_places_that_change(checkpoint):
+    clip, options, rows = Clip(FRAMES[:8], 40_000 * np.arange(8)), Options(0.75, **SMALL), filmed(0, (84, 112), 0, 2)
+    rows["t"], rows["x"], rows["y"] = (-(10**6), 10**6), 80, 100  # before and after
+    for events, words in ((rows, "no event from -20000 to 300000 us"), (rows[:0], "no events at all")):
+        with pytest.warns(UserWarning) as caught:
+            view = checkpoint.model.look(clip, events, options)
+        assert len(caught) == 1 and words in str(caught[0].message)
+        assert not view.S.any() and view.groups.any(dim=0).all()  # of each moment another quarter
+        assert view.tokens == budget(view.groups.numel(), 0.25)
+
+
+def test_frames_are_paths_or_images(files):
+    model, times, rows = EPVLM.from_pretrained("model"), TIMES[:5], filmed(0, (84, 112), 180_000)
+    for n, frame in enumerate(FRAMES):
+        frame.save(f"{n}.png")
+    views = [
+        model.look(Clip([read(f"{n}.png") for n in range(5)], times), rows, Options(**SMALL))
+        for read in (str, Path, Image.open)
+    ]
+    for view in views[1:]:
+        assert torch.equal(view.patches, views[0].patches) and torch.equal(view.keep, views[0].keep)
+        assert np.array_equal(view.S, views[0].S) and str(view) == str(views[0])
+    assert Clip is epvlm.Clip and len(views[0].keep) == 3
+    with pytest.raises(ValueError, match="frame 2 has 84 x 28 pixels, the first has 84 x 112; give frames of one size"):
+        model.look(Clip([FRAMES[0], tiny.noise(84, 28)], [0, 1]))
+
+
+def test_a_window_holds_frames_and_events(checkpoint):
+    """The clip's own, or that of the options: the same."""
+    frames, times, window = FRAMES[:6], 40_000 * np.arange(6), (40_000, 160_000)
+    rows = filmed(0, (84, 112), 200_000)
+    inside = ((rows["t"] >= window[0]) & (rows["t"] <= window[1])).sum()
+    for clip, options in (
+        (Clip(frames, times), Options(window=window, **SMALL)),
+        (Clip(frames, times, window), Options(**SMALL)),
+        (Clip(frames, times, (0, 1)), Options(window=np.array(window), **SMALL)),
+    ):
+        view = checkpoint.model.look(clip, rows, options)
+        assert str(view).endswith(f", {inside} events in 120.0 ms, 4 frames") and len(view.keep) == 2
+        only = checkpoint.model.look(Clip(frames[1:5], times[1:5]), None, Options(**SMALL)).patches
+        assert torch.equal(view.patches, only[group_rows(view.keep)])
+
+
 # Ask
 
 
@@ -585,6 +715,34 @@ def test_what_brings_it_under_counts_the_question(shipped, down, across):
         shipped.look(image, np.ones((50, 50)), replace(LARGE, sparsity=float(sparsity))),
     ):
         assert len(shipped.prompt(view, question)[0]) + 127 <= 1024
+
+
+@settings(max_examples=40)
+@given(st.integers(3, 120), st.sampled_from([{}, {"max_pixels": 10**7}, {"min_pixels": 40_000}]), st.integers(24, 40))
+def test_what_brings_a_clip_under_does_so(shipped, count, limits, log2):
+    """Fewer pixels, though fewer than a frame's usual least, or fewer frames: by the context, and by the memory."""
+
+    def look(count, options):
+        view = shipped.look(Clip([Image.new("RGB", (700, 560))] * count, np.arange(count)), None, options)
+        return shipped.prompt(view, "what?")
+
+    options = Options(**limits)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(weights, "free_memory", lambda device: 2**log2)
+        patched.setattr(epvlm, "packed_patches", lambda *_: None)  # it takes long, and does not count
+        try:
+            look(count, options)
+            return
+        except ValueError as error:
+            told = str(error)
+        assert re.match(r"\d+ tokens of the (clip|image) and \d+ of text exceed ", told)
+        pixels, frames = (re.search(rf"{name} (\d+) or", told) for name in ("max_pixels", "frames"))
+        assert pixels or log2 < 26
+        if pixels and "min_pixels" not in limits:
+            look(count, replace(options, max_pixels=int(pixels[1])))
+        if frames:
+            assert 2 <= int(frames[1]) < count
+            look(int(frames[1]), options)
 
 
 def test_a_rule_that_covers_makes_room_without_events(shipped):
@@ -860,6 +1018,154 @@ def test_a_pipe_is_utf8_whatever_the_locale(files, model, count):
     assert found[0] == found[1] and found[0][:2] == (0, expected.encode() + b"\n")
 
 
+# The command line: sources of a clip
+
+
+def source(image, **flags) -> Clip:
+    """What the command line makes of its first argument and flags."""
+    nothing = dict.fromkeys(("times", "fps", "frames", "window"))
+    return epvlm.read_input(types.SimpleNamespace(**{**nothing, "image": image, **flags}))
+
+
+def which(clip: Clip) -> list[int]:
+    """The places of the clip's frames in FRAMES."""
+    seen = [np.asarray(read_image(frame)) for frame in clip.frames]
+    return [next(n for n, frame in enumerate(FRAMES) if np.array_equal(frame, pixels)) for pixels in seen]
+
+
+@pytest.fixture
+def clips(files):
+    """The folder of `files`, with FRAMES at TIMES in all the forms that are read."""
+    Path("frames").mkdir()
+    for n, frame in enumerate(FRAMES):
+        frame.save(f"frames/{n:03}.png")
+    rows = [(f"{t / 1e6:.9f}", t, f"{t - 500}, {t + 500}", f"{n:03}.png") for n, t in enumerate(TIMES.tolist())]
+    write = {
+        "frames/notes.md": "not a frame",
+        "images.txt": "# time name\n\n" + "".join(f"{s} frames/{name}\n" for s, _, _, name in rows),
+        "frames/flat.txt": "".join(f"{us}\timages/{name}\n" for _, us, _, name in rows),
+        "us.txt": "".join(f"{us}\n" for _, us, _, _ in rows),
+        "s.txt": "".join(f"{s}\n" for s, _, _, _ in rows),
+        "dsec.txt": "# exposure_start, exposure_end\n" + "".join(f"{both}\n" for _, _, both, _ in rows),
+    }
+    for name, text in write.items():
+        Path(name).write_text(text)
+    for name, how in (("clip.gif", {}), ("clip.webp", {"lossless": True}), ("clip.png", {})):
+        first, *others = (frame.copy() for frame in FRAMES)
+        first.save(name, save_all=True, append_images=others, duration=DURATIONS, **how)
+    return files
+
+
+SOURCES = [  # first argument, flags, what the line about what was kept says of the times
+    ("images.txt", {}, "times in seconds"),
+    ("frames/flat.txt", {}, "times in microseconds"),  # in a folder of their own for the camera, here beside the list
+    ("frames", {"times": "us.txt"}, "times in microseconds"),
+    ("frames", {"times": "s.txt"}, "times in seconds"),
+    ("frames", {"times": "dsec.txt"}, "times in microseconds"),  # halfway of the exposure
+    ("clip.gif", {}, "their own times"),
+    ("clip.webp", {}, "their own times"),
+    ("clip.png", {}, "their own times"),
+    ("frames", {"fps": 12.5}, "12.5 a second"),
+    ("clip.gif", {"fps": 12.5}, "12.5 a second"),  # in the place of its own
+    ("images.txt", {"fps": 12.5}, "12.5 a second"),
+]
+
+
+@pytest.mark.parametrize("name, flags, clock", SOURCES)
+def test_sources_of_a_clip(clips, name, flags, clock):
+    clip = source(name, **flags, frames=9)
+    assert clip.times.tolist() == pytest.approx(80_000 * np.arange(9) if "fps" in flags else TIMES, abs=1e-6)
+    assert which(clip) == list(range(9)) and str(clip) == f", 9 frames at {clock}"
+    assert which(clip) == list(range(9))  # an animated file may be read again
+    five = source(name, **flags, frames=5)
+    assert which(five) == [0, 2, 4, 6, 8] and np.array_equal(five.times, clip.times[::2])
+
+
+def test_any_fraction_makes_times_seconds():
+    for rows, times, unit in (
+        ([["-40000"], ["0"], ["+5"]], [-40_000, 0, 5], "microseconds"),
+        ([["1"], ["2.0"]], [1e6, 2e6], "seconds"),
+        ([["1", "3"], ["4", "5.5"]], [2e6, 4.75e6], "seconds"),
+    ):
+        found, clock = epvlm.in_microseconds(rows, "t.txt")
+        assert found.tolist() == times and clock == f" at times in {unit}"
+
+
+@pytest.mark.parametrize(
+    "flags, chosen",
+    [
+        ({"fps": 25}, [0, 3, 5, 8]),  # at least four
+        ({"fps": 2}, [0, 1, 2, 3, 5, 6, 7, 8]),  # two a second of 4 seconds
+        ({"fps": 4}, [0, 3, 5, 8]),
+        ({"fps": 0.5}, list(range(9))),
+        ({"fps": 25, "frames": 1}, [0]),
+        ({"fps": 25, "frames": 2}, [0, 8]),
+        ({"fps": 25, "frames": 3}, [0, 4, 8]),
+        ({"fps": 25, "frames": 7}, [0, 1, 3, 4, 5, 7, 8]),
+        ({"fps": 25, "frames": 100}, list(range(9))),
+        ({"fps": 25, "window": (80_000, 320_000)}, [2, 4, 6, 8]),  # of those inside, both ends included
+        ({"fps": 25, "window": (1, 200_000), "frames": 3}, [1, 3, 5]),
+        ({"fps": 25, "window": (120_000, 120_000)}, [3]),
+    ],
+)
+def test_frames_are_chosen_evenly_with_both_ends(clips, flags, chosen):
+    clip = source("frames", **flags)
+    assert which(clip) == chosen and clip.times.tolist() == [n * 1e6 / flags["fps"] for n in chosen]
+    assert clip.window == flags.get("window")
+
+
+def test_missing_frames_of_a_list_are_left_out_before_sampling(clips, capsys):
+    for n in (0, 3, 8):
+        Path(f"frames/{n:03}.png").unlink()
+    with pytest.warns(UserWarning) as caught:
+        clip = source("images.txt", frames=3)
+    assert [str(each.message) for each in caught] == ["images.txt: 3 of 9 frames are missing, and left out"]
+    assert which(clip) == [1, 4, 7] and clip.times.tolist() == pytest.approx(TIMES[[1, 4, 7]])  # of 1 2 4 5 6 7
+    assert main(["images.txt", "none", *ASK]) == 0
+    warning, *err = lines(capsys)[1]
+    assert warning == "epvlm: warning: images.txt: 3 of 9 frames are missing, and left out"
+    assert kept(err).endswith("no events, 4 frames at times in seconds")
+
+
+@pytest.mark.parametrize("name", ["pages.tiff", "pair.mpo"])
+def test_pages_without_times_are_a_still_image(files, name):
+    first, *others = (frame.copy() for frame in FRAMES)
+    first.save(name, save_all=True, append_images=others)
+    assert np.array_equal(source(name), read_image(name)) and isinstance(source(name), Image.Image)
+
+
+def test_a_clip_on_the_command_line_is_that_of_the_class(clips, capsys, monkeypatch):
+    """With events, dense without, and asked several questions: frames and events of the window alone."""
+    rows, window = filmed(0, (84, 112), 360_000), ("--window", "40000", "280000")
+    np.save("filmed.npy", rows)
+    inside = ((rows["t"] >= 40_000) & (rows["t"] <= 280_000)).sum()
+    model, clip = EPVLM.from_pretrained("model"), Clip([FRAMES[n] for n in (1, 3, 6)], TIMES[[1, 3, 6]])
+    for events, array, told in (("filmed.npy", rows, f"{inside} events in 240.0 ms"), ("none", None, "no events")):
+        view = model.look(clip, array, Options(window=(40_000, 280_000)))
+        answers = ["".join(model.stream(view, question, Sampling(6))) for question in QUESTIONS]
+        command = ["images.txt", events, *MODEL, "6", *window, "--frames", "3"]
+        assert main([*command, QUESTION]) == 0
+        out, err = capsys.readouterr()
+        asking(monkeypatch, "\n".join(QUESTIONS).encode())
+        assert main(command) == 0
+        several, again = capsys.readouterr()
+        assert out == answers[0] + "\n" and several == "".join(answer + "\n" for answer in answers)
+        err = err.splitlines()
+        assert kept(err) == f"{view} at times in seconds" and told in err[0] and again.startswith(kept(err))
+        assert view.keep.all() == (array is None) and len(view.keep) == 2
+
+
+def test_the_real_clip(checkpoint, data, capsys):
+    """Its list names 87 frames, five of which are there; the windows are those that FACTS.md counted."""
+    folder = data / "recordings" / "slider_depth"
+    inputs = str(folder / "images.txt"), str(folder / "events_xypt_us.npy")
+    command = [*inputs, *ASK[:1], "--model", str(checkpoint.folder), "--max-new-tokens", "2", "--frames", "5"]
+    assert main(command) == 0
+    warning, *err = lines(capsys)[1]
+    assert warning.endswith("images.txt: 82 of 87 frames are missing, and left out")
+    assert re.match(r"kept (\d+) of \d+ patches .*, 50000 events in 193.8 ms, 5 frames at times in seconds$", kept(err))
+
+
 # The command line: bad input
 
 
@@ -867,7 +1173,7 @@ BAD_INPUT = [  # arguments, words of the one line
     (("nowhere.png", "none", *ASK), ("nowhere.png", "no such file")),
     (("text.png", "none", *ASK), ("text.png", "give an 8-bit PNG")),
     (("cut.png", "none", *ASK), ("cut.png", "truncated")),
-    (("empty", "none", *ASK), ("empty", "cannot be read as an image")),
+    (("empty", "none", *ASK), ("empty: a folder without images",)),
     (("thin.png", "none", *ASK), ("over 200 : 1", "crop")),
     (("fifo", "none", *ASK), ("fifo", "cannot be read as an image")),
     (("image.png", "fifo", *ASK), ("fifo", "not a file")),
@@ -903,6 +1209,39 @@ BAD_INPUT = [  # arguments, words of the one line
     (("image.png", "none", *ASK, "--model", "broken"), ("broken/model.safetensors",)),
     (("image.png", "none", "broken \udcff", *MODEL, "1"), ("broken", "UTF-8")),
     (("image.png",), ("required: events",)),
+    (("image.png", "none", *ASK, "--frames", "2"), ("image.png: a still image", "leave out times, fps and frames")),
+    (("image.png", "none", *ASK, "--frames", "0"), ("image.png: a still image",)),
+    (("image.png", "none", *ASK, "--fps", "0"), ("image.png: a still image",)),
+    (("image.png", "none", *ASK, "--times", "nowhere"), ("image.png: a still image",)),
+    (("clip.MP4", "none", *ASK), ("clip.MP4: a video", "ffmpeg -i clip.MP4 -r 10 frames/%06d.png", "--fps 10")),
+    (("frames", "none", *ASK), ("frames: its frames have no times", "give --times FILE, or --fps")),
+    (("frames", "none", *ASK, "--fps", "0"), ("fps 0: give 0.001 to 1000000",)),
+    (("list.txt", "none", *ASK, "--fps", "0"), ("fps 0: give 0.001 to 1000000",)),
+    (("frames", "none", *ASK, "--fps", "nan"), ("fps nan: give 0.001",)),
+    (("frames", "none", *ASK, "--fps", "-25"), ("fps -25: give 0.001",)),
+    (("frames", "none", *ASK, "--fps", "9", "--frames", "0"), ("frames 0: give 1 or more",)),
+    (("list.txt", "none", *ASK, "--frames", "-1"), ("frames -1: give 1 or more",)),
+    (("frames", "none", *ASK, "--fps", "9", "--window", "5", "9"), ("no frame from 5 to 9 us", "change window")),
+    (("frames", "none", *ASK, "--times", "nowhere"), ("nowhere: cannot be read (No such file", "begin with a time")),
+    (("frames", "none", *ASK, "--times", "events.npy"), ("events.npy: cannot be read (no text)",)),
+    (("frames", "none", *ASK, "--times", "list.txt"), ("list.txt: a line does not begin with a time, or two",)),
+    (("frames", "none", *ASK, "--times", "three.txt"), ("three.txt: a line does not begin with a time, or two",)),
+    (("frames", "none", *ASK, "--times", "ragged.txt"), ("ragged.txt: a line does not begin with a time, or two",)),
+    (("frames", "none", *ASK, "--times", "infinite.txt"), ("infinite.txt: a line does not begin with a time",)),
+    (("frames", "none", *ASK, "--times", "comments.txt"), ("comments.txt: a line does not begin with a time",)),
+    (("frames", "none", *ASK, "--times", "short.txt"), ("3 frames, 2 times; give as many",)),
+    (("frames", "none", *ASK, "--times", "falling.txt"), ("3 frames, 3 times; give as many, and rising times",)),
+    (("twice.txt", "none", *ASK), ("2 frames, 2 times", "rising times")),
+    (("short.txt", "none", *ASK), ("short.txt: a line is not `time name`",)),
+    (("comments.txt", "none", *ASK), ("comments.txt: none of its 0 frames is there",)),
+    (("gone.txt", "none", *ASK), ("gone.txt: none of its 2 frames is there", "relative to the list")),
+    (("swapped.txt", "none", *ASK), ("swapped.txt: ", "relative to the list")),
+    (("nan.txt", "none", *ASK), ("nan.txt: a line does not begin with a time",)),
+    (("sizes", "none", *ASK, "--fps", "9", "--frames", "8"), ("frame 2 has 84 x 28 pixels", "one size")),
+    (("list.txt", "map.npy", *ASK), ("an event map of 9 x 9 has no times", "give a clip a recording")),
+    (("late.txt", "events.npy", *ASK), ("no event from 4980000 to 5060000 us", "1000 to 1099 us", "the events' clock")),
+    (("long", "none", *ASK, "--fps", "9", "--frames", "8", "--model", str(TINY), "--min-pixels", "602112",
+      "--max-pixels", "700000"), ("tokens of the clip", "exceed the model's 1024", "frames 2 or fewer")),
 ]  # fmt: skip
 
 
@@ -920,6 +1259,30 @@ def bad_files(files):
     events = np.load("events.npy").astype([("t", "f8"), ("x", "u2"), ("y", "u2"), ("p", "?")])
     events["t"] /= 1e6
     np.save("seconds.npy", events)
+    for name in ("frames", "sizes", "long"):
+        Path(name).mkdir()
+    for n, frame in enumerate(FRAMES[:8]):
+        frame.save(f"long/{n}.png")
+        frame.crop((0, 0, 84, 28 if n == 1 else 112)).save(f"sizes/{n}.png")
+    for n in range(3):
+        FRAMES[n].save(f"frames/{n}.png")
+    np.save("map.npy", np.ones((9, 9)))
+    texts = {
+        "list": "0 frames/0.png\n40000 frames/1.png",
+        "three": "0 1 2\n3 4 5\n6 7 8",
+        "ragged": "0 1\n3\n6 7",
+        "infinite": "0\n1\ninf",
+        "comments": "# time name",
+        "short": "0\n1",
+        "falling": "0\n2\n1",
+        "twice": "0 frames/0.png\n0 frames/1.png",
+        "gone": "0 0.png\n1 1.png",
+        "swapped": "frames/0.png 0",
+        "nan": "nan frames/0.png",
+        "late": "5.0 frames/0.png\n5.04 frames/1.png",
+    }
+    for name, text in texts.items():
+        Path(f"{name}.txt").write_text(text)
     Path("broken").mkdir()
     for file in Path("model").iterdir():
         Path("broken", file.name).write_bytes(b"nothing" if file.suffix == ".safetensors" else file.read_bytes())

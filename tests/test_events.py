@@ -37,9 +37,22 @@ from events import (
     read_events,
     resize,
     spread_order,
+    summary,
     worth,
 )
-from strategies import CLIP, SPARSITIES, XYTP, cells, hot_maps, images, motions, recordings, untied_motions, worths
+from strategies import (
+    CLIP,
+    SPARSITIES,
+    XYTP,
+    cells,
+    edges,
+    hot_maps,
+    images,
+    motions,
+    recordings,
+    untied_motions,
+    worths,
+)
 
 
 def rows_of(*rows, dtype=XYTP) -> np.ndarray:
@@ -372,8 +385,12 @@ MESSAGES = [  # how it ends, what is read, how it is aligned
      "events' clock", two(), ((2, 2),), (2, 4.5)),
     ("no event from 0.2 to 0.7 us, it goes from 0 to 1 us; they cannot say which cells matter", two(), ((2, 2),),
      (0.2, 0.7)),
-    ("an event map of 5 x 5 has no times; leave window out, and give a clip a recording", np.ones((5, 5)), ((9, 9),),
-     (0, 1)),
+    ("no event from 2 to 9 us, it goes from 0 to 1 us; change window or time_unit, or give the frames' times on the "
+     "events' clock", two(), ((2, 2),), (2, 5, 9)),
+    ("no event from 0.2 to 0.7 us, it goes from 0 to 1 us; they cannot say which cells matter", two(), ((2, 2),),
+     (0.2, 0.4, 0.7)),
+    *[("an event map of 5 x 5 has no times; leave window out, and give a clip a recording", np.ones((5, 5)), ((9, 9),),
+       cuts) for cuts in ((0, 1), (0, 1, 2))],
     (MAP, EventMap(np.eye(5)), ((9, 9), (9, 9))),
     # warnings
     ("the events: times have fractions and span only 0.25; taken as microseconds, if they are not, give time_unit s, "
@@ -430,6 +447,43 @@ def test_a_window_holds_both_its_ends(recording, start, length):
             read_events(rows).cut(np.array((start, start + length)))
     whole = read_events(rows)
     assert len(whole.cut(np.array(whole.span))[0]) == len(rows)  # the last timestamp is not lost
+
+
+@given(recordings(), st.data())
+def test_cutting_is_the_loop_over_events_and_windows(recording, data):
+    """In any order of the events; one on an edge counts once, in the later window, on the last edge in the last."""
+    rows, _ = recording
+    cuts = data.draw(edges(rows))
+    rows = rows[data.draw(st.permutations(range(len(rows))))]
+    rows.flags.writeable = False
+    expected = [[] for _ in cuts[1:]]
+    for row in sorted(rows.tolist(), key=lambda row: row[2]):
+        if cuts[0] <= row[2] <= cuts[-1]:
+            expected[min(sum(row[2] >= edge for edge in cuts), len(expected)) - 1].append(row)
+    if len(rows) and not (rows["t"].min() <= cuts[-1] and cuts[0] <= rows["t"].max()):
+        with pytest.raises(ValueError, match="on the events' clock"):
+            read_events(rows).cut(cuts)
+        return
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        moments = read_events(rows).cut(cuts)
+    assert [str(warning.message).endswith("which cells matter") for warning in caught] == [True] * (
+        len(rows) > 0 and not any(expected)
+    )
+    assert [columns(each) for each in moments] == [[[row[n] for row in each] for n in range(4)] for each in expected]
+    assert [each.window for each in moments] == list(itertools.pairwise(cuts.tolist()))
+    told = f"{sum(map(len, expected))} events in {(cuts[-1] - cuts[0]) / 1000:.1f} ms"
+    assert summary(moments) == told
+
+
+def test_a_sorted_recording_is_cut_into_views():
+    """One of 10 million events, mapped from a file, is neither copied nor searched once for each window."""
+    rows = np.zeros(1000, XYTP)
+    rows["t"] = np.arange(1000)
+    events = read_events(rows)
+    moments = events.cut(np.linspace(0, 999, 9))
+    assert [len(each) for each in moments] == [125] * 8
+    assert all(np.shares_memory(getattr(each, name), getattr(events, name)) for each in moments for name in "xytp")
 
 
 def test_a_window_between_whole_times():
@@ -810,19 +864,12 @@ def tau_of(cells: int, keep: int) -> float:
     return tau
 
 
-@given(worths(), st.data())
+@given(worths(CLIP), st.data())
 def test_the_mask_that_covers_is_the_loop(w, data):
     keep = data.draw(st.integers(1, w.size))
     mask = cover_mask(w, tau_of(w.size, keep))
     assert mask.shape == w.shape and mask.dtype == bool
     assert np.array_equal(mask, oracles.cover(w, keep))
-
-
-@given(st.integers(2, 3), st.integers(1, 5), st.integers(1, 5), st.integers(0, 2**32 - 1), st.data())
-def test_what_is_kept_at_one_moment_explains_nothing_of_another(T, cells_h, cells_w, seed, data):
-    w = np.random.default_rng(seed).random((T, cells_h, cells_w))
-    keep = data.draw(st.integers(1, w.size))
-    assert np.array_equal(cover_mask(w, tau_of(w.size, keep)), oracles.cover(w, keep))
 
 
 @given(worths(CLIP), SPARSITIES)
@@ -842,12 +889,13 @@ def test_covering_example():
 
 @given(st.integers(8, 12), st.integers(8, 12), st.floats(0.45, 0.95), st.data())
 def test_of_two_equal_neighbours_the_second_waits_for_what_is_unexplained(cells_h, cells_w, less, data):
-    """Eq. 6 keeps both first. Far from them is a cell of less worth, which covering keeps instead of the second."""
-    S = np.zeros((1, cells_h, cells_w))
-    row, column = data.draw(st.integers(0, cells_h - 2)), data.draw(st.integers(0, cells_w - 2))
-    pair = data.draw(st.sampled_from([((0, 0), (0, 1)), ((0, 0), (1, 0))]))
-    pair = [(0, row + down, column + right) for down, right in pair]
-    away = [at for at in np.ndindex(S.shape) if min(math.dist(at, one) for one in pair) >= 4]
+    """Neighbours in a row, in a column, or in time: what was kept just before is explained. Eq. 6 keeps both first. Far
+    from them is a cell of less worth, which covering keeps instead of the second."""
+    S = np.zeros((3, cells_h, cells_w))
+    step = np.array(data.draw(st.sampled_from([(0, 0, 1), (0, 1, 0), (1, 0, 0)])))
+    first = np.array([data.draw(st.integers(0, side - 1 - by)) for side, by in zip(S.shape, step, strict=True)])
+    pair = [tuple(at.tolist()) for at in (first, first + step)]
+    away = [at for at in np.ndindex(S.shape) if min(math.dist(at[1:], one[1:]) for one in pair) >= 4]
     far = data.draw(st.sampled_from(away))
     for at, value in zip((*pair, far), (1, 1, less), strict=True):
         S[at] = value
