@@ -29,7 +29,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from io import StringIO
 from itertools import chain, islice, pairwise, permutations
 from pathlib import Path
 
@@ -413,25 +412,32 @@ def animation(path: Path) -> tuple[list, np.ndarray | None]:
     shown = []  # milliseconds of each frame
     with contextlib.suppress(Exception):  # `read_image` says what is wrong
         need(path.is_file(), "a pipe would be waited for")
-        file = Image.open(path)
-        for n in range(getattr(file, "n_frames", 1)):
-            file.seek(n)
-            file.load()
-            shown.append(file.info.get("duration") or 0)
+        with Image.open(path) as file:
+            for n in range(getattr(file, "n_frames", 1)):
+                file.seek(n)
+                file.load()
+                shown.append(file.info.get("duration") or 0)
     if len(shown) < 2 or min(shown) <= 0:  # the pages of a document have no times
         return [], None
-    times = 1000.0 * np.cumsum([0, *shown[:-1]])
-    return [partial(lambda n: file.seek(n) or file.copy(), n) for n in range(len(shown))], times
+    return [partial(read_page, path, n) for n in range(len(shown))], 1000.0 * np.cumsum([0, *shown[:-1]])
+
+
+def read_page(path: Path, n: int) -> Image.Image:
+    with Image.open(path) as file:  # opened anew: Pillow does not go back in every format
+        file.seek(n)
+        return file.copy()
 
 
 def read_words(path: str | Path) -> np.ndarray:
-    """The words of a text file, (lines, words), parted by spaces or commas; after # comes a comment."""
+    """The words of a text file, (lines, words), parted by spaces or commas; a line after # is a comment."""
     try:
-        with warnings.catch_warnings(action="error"):  # of no lines at all
-            return np.loadtxt(StringIO(Path(path).read_text().replace(",", " ")), dtype=str, ndmin=2)
-    except (OSError, ValueError, UserWarning) as error:
+        lines = Path(path).read_text(encoding="utf-8").replace(",", " ").splitlines()
+        rows = [line.split() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        need(len({len(row) for row in rows}) == 1, "")
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not lines of as many words each"
         raise ValueError(f"{path}: cannot be read ({reason}); give lines that begin with a time") from None
+    return np.array(rows)
 
 
 def in_microseconds(words: np.ndarray, name: str | Path) -> tuple[np.ndarray, str]:

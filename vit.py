@@ -169,7 +169,7 @@ class Clip:
         """The frames from start to end, both included, in microseconds. Raises ValueError if there are none."""
         window = self.window if window is None else window
         if self.times is None or window is None:
-            return replace(self, window=window or self.window)
+            return replace(self, window=window)
         inside = ((self.times >= window[0]) & (self.times <= window[1])).nonzero()[0]
         if not len(inside):
             told = "{:.16g} to {:.16g} us, they go from {:.16g} to {:.16g} us".format(*window, *self.times[[0, -1]])

@@ -99,3 +99,11 @@ def hot_maps() -> st.SearchStrategy[np.ndarray]:
     """E_v, int64 counts of both signs, few of them large."""
     elements = st.one_of(st.just(0), st.integers(-3, 3), st.integers(-3, 3), st.integers(-128, 127))
     return hnp.arrays(np.int64, st.tuples(st.integers(1, 7), st.integers(1, 7)), elements=elements)
+
+
+@st.composite
+def edges(draw, rows: np.ndarray) -> np.ndarray:
+    """Where windows begin and end, (T + 1,) rising; often at the time of an event, or between two microseconds."""
+    times = [st.integers(-10, 10**6 + 10), st.integers(-10, 10**6).map(lambda t: t + 0.5)]
+    times += [st.sampled_from(rows["t"].tolist())] if len(rows) else []
+    return np.array(sorted(draw(st.lists(st.one_of(times), min_size=2, max_size=7, unique=True))), np.float64)

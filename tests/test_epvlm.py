@@ -495,7 +495,7 @@ def test_frames_are_paths_or_images(files):
         assert torch.equal(view.patches, views[0].patches) and torch.equal(view.keep, views[0].keep)
         assert np.array_equal(view.S, views[0].S) and str(view) == str(views[0])
     assert Clip is epvlm.Clip and len(views[0].keep) == 3
-    with pytest.raises(ValueError, match="frame 2 has 84 x 28 pixels, the first has 84 x 112; give frames of one size"):
+    with pytest.raises(ValueError, match="frame 2 has 84 x 28 pixels, the first 84 x 112; give frames of one size"):
         model.look(Clip([FRAMES[0], tiny.noise(84, 28)], [0, 1]))
 
 
@@ -1029,7 +1029,7 @@ def source(image, **flags) -> Clip:
 
 def which(clip: Clip) -> list[int]:
     """The places of the clip's frames in FRAMES."""
-    seen = [np.asarray(read_image(frame)) for frame in clip.frames]
+    seen = [np.asarray(clip.frame(n)) for n in range(len(clip.frames))]
     return [next(n for n, frame in enumerate(FRAMES) if np.array_equal(frame, pixels)) for pixels in seen]
 
 
@@ -1087,7 +1087,7 @@ def test_any_fraction_makes_times_seconds():
         ([["1"], ["2.0"]], [1e6, 2e6], "seconds"),
         ([["1", "3"], ["4", "5.5"]], [2e6, 4.75e6], "seconds"),
     ):
-        found, clock = epvlm.in_microseconds(rows, "t.txt")
+        found, clock = epvlm.in_microseconds(np.array(rows), "t.txt")
         assert found.tolist() == times and clock == f" at times in {unit}"
 
 
@@ -1209,7 +1209,7 @@ BAD_INPUT = [  # arguments, words of the one line
     (("image.png", "none", *ASK, "--model", "broken"), ("broken/model.safetensors",)),
     (("image.png", "none", "broken \udcff", *MODEL, "1"), ("broken", "UTF-8")),
     (("image.png",), ("required: events",)),
-    (("image.png", "none", *ASK, "--frames", "2"), ("image.png: a still image", "leave out times, fps and frames")),
+    (("image.png", "none", *ASK, "--frames", "2"), ("image.png: a still image", "leave frames out")),
     (("image.png", "none", *ASK, "--frames", "0"), ("image.png: a still image",)),
     (("image.png", "none", *ASK, "--fps", "0"), ("image.png: a still image",)),
     (("image.png", "none", *ASK, "--times", "nowhere"), ("image.png: a still image",)),
@@ -1223,17 +1223,20 @@ BAD_INPUT = [  # arguments, words of the one line
     (("list.txt", "none", *ASK, "--frames", "-1"), ("frames -1: give 1 or more",)),
     (("frames", "none", *ASK, "--fps", "9", "--window", "5", "9"), ("no frame from 5 to 9 us", "change window")),
     (("frames", "none", *ASK, "--times", "nowhere"), ("nowhere: cannot be read (No such file", "begin with a time")),
-    (("frames", "none", *ASK, "--times", "events.npy"), ("events.npy: cannot be read (no text)",)),
+    (("frames", "none", *ASK, "--times", "events.npy"),
+     ("events.npy: cannot be read (not lines of as many words each)",)),
     (("frames", "none", *ASK, "--times", "list.txt"), ("list.txt: a line does not begin with a time, or two",)),
     (("frames", "none", *ASK, "--times", "three.txt"), ("three.txt: a line does not begin with a time, or two",)),
-    (("frames", "none", *ASK, "--times", "ragged.txt"), ("ragged.txt: a line does not begin with a time, or two",)),
+    (("frames", "none", *ASK, "--times", "ragged.txt"),
+     ("ragged.txt: cannot be read (not lines of as many words each)",)),
     (("frames", "none", *ASK, "--times", "infinite.txt"), ("infinite.txt: a line does not begin with a time",)),
-    (("frames", "none", *ASK, "--times", "comments.txt"), ("comments.txt: a line does not begin with a time",)),
+    (("frames", "none", *ASK, "--times", "comments.txt"),
+     ("comments.txt: cannot be read (not lines of as many words each)",)),
     (("frames", "none", *ASK, "--times", "short.txt"), ("3 frames, 2 times; give as many",)),
     (("frames", "none", *ASK, "--times", "falling.txt"), ("3 frames, 3 times; give as many, and rising times",)),
     (("twice.txt", "none", *ASK), ("2 frames, 2 times", "rising times")),
     (("short.txt", "none", *ASK), ("short.txt: a line is not `time name`",)),
-    (("comments.txt", "none", *ASK), ("comments.txt: none of its 0 frames is there",)),
+    (("comments.txt", "none", *ASK), ("comments.txt: cannot be read (not lines of as many words each)",)),
     (("gone.txt", "none", *ASK), ("gone.txt: none of its 2 frames is there", "relative to the list")),
     (("swapped.txt", "none", *ASK), ("swapped.txt: ", "relative to the list")),
     (("nan.txt", "none", *ASK), ("nan.txt: a line does not begin with a time",)),

@@ -37,7 +37,6 @@ from events import (
     read_events,
     resize,
     spread_order,
-    summary,
     worth,
 )
 from strategies import (
@@ -472,8 +471,6 @@ def test_cutting_is_the_loop_over_events_and_windows(recording, data):
     )
     assert [columns(each) for each in moments] == [[[row[n] for row in each] for n in range(4)] for each in expected]
     assert [each.window for each in moments] == list(itertools.pairwise(cuts.tolist()))
-    told = f"{sum(map(len, expected))} events in {(cuts[-1] - cuts[0]) / 1000:.1f} ms"
-    assert summary(moments) == told
 
 
 def test_a_sorted_recording_is_cut_into_views():
