@@ -175,9 +175,7 @@ class EPVLM:
         elif drops:
             M = RULES[options.rule](S, 1 - options.sparsity)  # Eq. 6: (T, cells_h, cells_w) bool
         keep = torch.from_numpy(M.repeat(side // patch, 1).repeat(side // patch, 2))  # (T, grid_h, grid_w)
-        groups = (
-            keep.unflatten(2, (-1, merge)).unflatten(1, (-1, merge)).any(dim=4).any(dim=2)
-        )  # (T, groups_h, groups_w)
+        groups = keep.view(T, H // group, merge, W // group, merge).any(dim=4).any(dim=2)  # (T, groups_h, groups_w)
         patches = packed_patches(clip, keep, config, self.image_config)  # Eq. 7: (N', 1176)
         if options.system is None and not self.checkpoint.usual_system:
             warnings.warn("the chat template has another system turn; give it as system (--system TEXT)", stacklevel=2)

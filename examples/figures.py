@@ -42,7 +42,7 @@ def picture(model: EPVLM, image, events, options: Options) -> Image.Image:
     from left to right. image, events, options: as in `EPVLM.look`, which raises and warns."""
     clip = (image if isinstance(image, Clip) else Clip([read_image(image)])).within(options.window)
     events = None if events is None else read_events(events, options.order, options.time_unit)
-    view = model.look(clip if clip.times is not None else clip.frames[0], events, options)
+    view = model.look(clip, events, options)
     H, W = (model.vit.config.patch_size * side for side in view.keep.shape[1:])  # pixels
     if events is not None:
         with warnings.catch_warnings(action="ignore"):  # `look` has given them

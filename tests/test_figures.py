@@ -22,7 +22,7 @@ from epvlm import EPVLM, Options, Sampling
 from events import read_events
 from figures import main, picture
 from strategies import SPARSITIES
-from vit import VisionTransformer
+from vit import Clip, VisionTransformer
 
 QUESTION = "What is moving?"
 INPUT = ["image.png", "events.npy", "--model", "model"]
@@ -33,11 +33,11 @@ def lines(capsys) -> tuple[list[str], list[str]]:
     return tuple(text.splitlines() for text in capsys.readouterr())
 
 
-def panels(whole: Image.Image, width: int, height: int) -> list[np.ndarray]:
-    """The three of them, apart by 8 pixels or a 32nd of their width."""
+def panels(whole: Image.Image, width: int, height: int, columns: int = 3, row: int = 0) -> list[np.ndarray]:
+    """Those of a row, apart by 8 pixels or a 32nd of their width."""
     gap = max(8, width // 32)
-    lefts = gap, width + 2 * gap, 2 * width + 3 * gap
-    return [np.asarray(whole.crop((left, gap, left + width, gap + height))).astype(int) for left in lefts]
+    lefts, top = [gap + n * (width + gap) for n in range(columns)], gap + row * (height + gap)
+    return [np.asarray(whole.crop((left, top, left + width, top + height))).astype(int) for left in lefts]
 
 
 # Fig. 1
@@ -108,6 +108,35 @@ def test_the_command_draws_what_the_files_hold(files, capsys, flags, options):
         drawn = picture(model, image, events, Options(**options))
         assert np.array_equal(np.asarray(Image.open("out.png")), np.asarray(drawn))
     assert not list(Path().glob(".out*"))
+
+
+@pytest.mark.parametrize("frames, shown", [(5, [0, 1, 2]), (20, [0, 1, 3, 4, 5, 6, 8, 9])])
+def test_a_clip_is_a_strip(checkpoint, frames, shown):
+    """Of each moment, or of eight, the first frame, its own events over it, and what is kept of it."""
+    model = checkpoint.model
+    clip = Clip.at_rate([tiny.noise(112, 84, seed) for seed in range(frames)], 25)
+    rows = np.zeros(frames, dtype=[(name, int) for name in "xytp"])
+    rows["x"], rows["t"] = 5 * np.arange(frames), 40_000 * np.arange(frames)  # an event for each frame
+    options = Options(min_pixels=784, max_pixels=112 * 84)
+    whole, view = picture(model, clip, rows, options), model.look(clip, rows, options)
+    first, middle, last = (panels(whole, 112, 84, len(shown), row) for row in range(3))
+    for place, moment in enumerate(shown):
+        pixels = np.asarray(clip.frames[2 * moment]).astype(int)
+        assert np.array_equal(first[place], pixels)
+        grey = np.asarray(clip.frames[2 * moment].convert("L").convert("RGB")).astype(int)
+        changed = np.argwhere((middle[place] != grey).any(axis=2)).tolist()
+        assert changed == [[0, 5 * n] for n in range(2 * moment, min(2 * moment + 2, frames))]
+        kept = np.kron(view.keep[moment].numpy(), np.ones((14, 14), dtype=bool))
+        assert np.array_equal(last[place][kept], pixels[kept])
+        assert (last[place][~kept].sum() < pixels[~kept].sum()) or kept.all()
+
+
+def test_a_list_of_frames_can_be_drawn(files):
+    for n in range(3):
+        tiny.noise(84, 112, n).save(f"{n}.png")
+    Path("list.txt").write_text("".join(f"{1000 + 40 * n} {n}.png\n" for n in range(3)))
+    assert main(["picture", "list.txt", "events.npy", "--model", "model", "-o", "out.png"]) == 0
+    assert Image.open("out.png").height > 3 * 112
 
 
 def test_a_dense_image_can_be_drawn(files):
