@@ -1076,7 +1076,7 @@ def test_sources_of_a_clip(clips, name, flags, clock):
     clip = source(name, **flags, frames=9)
     assert clip.times.tolist() == pytest.approx(80_000 * np.arange(9) if "fps" in flags else TIMES, abs=1e-6)
     assert which(clip) == list(range(9)) and str(clip) == f", 9 frames at {clock}"
-    assert which(clip) == list(range(9))  # an animated file may be read again
+    assert which(replace(clip, frames=clip.frames[::-1])) == list(range(9))[::-1]  # again, in any order
     five = source(name, **flags, frames=5)
     assert which(five) == [0, 2, 4, 6, 8] and np.array_equal(five.times, clip.times[::2])
 
