@@ -23,6 +23,7 @@ import contextlib
 import math
 import os
 import re
+import shlex
 import sys
 import time
 import warnings
@@ -39,13 +40,14 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 import weights
-from events import MICROSECONDS, RULES, budget, motion, need, novelty, read_events, resize, worth
+from events import MICROSECONDS, RULES, budget, event_maps, motion, need, novelty, read_events, resize, worth
 from llm import SYSTEM, KVCache, generate, mrope_positions, prompt_ids, sampler
 from vit import Clip, packed_patches, read_image, smart_resize
 
 FRAME_PIXELS = 100352, 602112  # of a clip's frame, at least and at most, as in Qwen2VLVideoProcessor
 GROUNDING = {f"<|{name}_{side}|>" for name in ("object_ref", "box", "quad") for side in ("start", "end")}
-VIDEOS = ".mp4", ".mov", ".mkv", ".avi", ".webm"
+VIDEOS = ".mp4", ".mov", ".mkv", ".avi", ".webm", ".m4v", ".mpg"
+FRAMES = ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".jp2", ".gif"  # in a folder
 ORDERS = tuple(map("".join, permutations("xytp")))
 NO_QUESTION = "no question; give one after the events, or one a line on standard input"
 
@@ -162,14 +164,15 @@ class EPVLM:
         side = group if options.cell == "group" else patch  # of a cell, in pixels
         S, M, source = None, np.ones((T, H // side, W // side), dtype=bool), "no events"
         if events is not None:
-            events, edges = read_events(events, options.order, options.time_unit), clip.edges
-            (events,) = events.align(clip.size, options.sensor).cut(None if edges is None else edges[[0, -1]])
-            source = str(events)
-            moments = (each.accumulate(options.polarity, options.hot_pixels) for each in events.cut(edges))
-            E_v = (resize(each, H, W)[None] for each in moments)  # (1, H, W) each
+            events = read_events(events, options.order, options.time_unit).align(clip.size, options.sensor)
+            moments = events.cut(clip.edges)
+            source = (
+                str(moments[0]) if T == 1 else f"{sum(map(len, moments))} events in {np.ptp(clip.edges) / 1000:.1f} ms"
+            )
+            E_v = (resize(each, H, W)[None] for each in event_maps(moments, options.polarity, options.hot_pixels))
             S = np.concatenate([motion(E_t, side) for E_t in E_v]) / clip.seconds  # Eq. 5: (T, cells_h, cells_w)
         if drops and options.rule == "cover":  # ours, in the place of Eq. 6
-            frames = (clip.pixels(t, H, W)[0].numpy() for t in range(T))  # the first of each moment
+            frames = (clip.pixels(t, H, W)[0].clone().numpy() for t in range(T))  # the first of each moment
             G = np.stack([novelty(frame, before, side) for before, frame in pairwise(chain([None], frames))])
             M = RULES["cover"](worth(S, G), 1 - options.sparsity)
         elif drops:
@@ -186,9 +189,10 @@ class EPVLM:
         """(H, W) in pixels, by the limits of the options, else of the checkpoint, which are narrower for a frame."""
         config = self.image_config
         if clip.times is not None:
+            low, high = FRAME_PIXELS
             most = config.max_pixels if options.max_pixels is None else options.max_pixels
-            low, high = (min(max(pixels, config.min_pixels), config.max_pixels, most) for pixels in FRAME_PIXELS)
-            config = replace(config, min_pixels=low, max_pixels=high)
+            low = low if most >= 2 * low else config.min_pixels  # else rounding up could pass the most
+            config = replace(config, min_pixels=max(low, config.min_pixels), max_pixels=min(high, config.max_pixels))
         limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
         config = replace(config, **{name: value for name, value in limits.items() if value is not None})
         return smart_resize(*clip.size[::-1], self.vit.config.group_size, config)
@@ -367,42 +371,57 @@ def read_input(args: argparse.Namespace) -> Image.Image | Clip:
 def read_clip(path: Path, times: str | None = None, fps: float | None = None) -> Clip | None:
     """All frames of a folder, of a list with `time name` on each line, or of an animated file; None for a still image.
     times: a file that has them; fps: frames a second, in their place. Raises ValueError that names the file."""
-    if path.suffix.lower() in VIDEOS:
-        command = f"mkdir frames && ffmpeg -i {path} -r 10 frames/%06d.png"
-        raise ValueError(f"{path}: a video; make a folder of its frames ({command}), and give that with --fps 10")
-    if path.suffix.lower() == ".txt":
-        frames, words = read_list(path)
-        clock, name = in_microseconds(words, path)
-    elif path.is_dir():
-        frames = sorted(each for each in path.iterdir() if each.suffix.lower() in Image.registered_extensions())
+    if path.is_dir():
+        frames, clock, unit = sorted(filter(is_frame, path.iterdir()), key=by_number), None, ""
         need(bool(frames), f"{path}: a folder without images; give one with frames")
-        clock, name = None, ""
+    elif path.suffix.lower() in VIDEOS:
+        command = f"mkdir frames && ffmpeg -i {shlex.quote(str(path))} -r 10 frames/%06d.png"
+        raise ValueError(f"{path}: a video; make a folder of its frames ({command}), and give that with --fps 10")
+    elif path.suffix.lower() == ".txt":
+        frames, clock, unit = read_list(path)
     else:
-        (frames, clock), name = animation(path), " at their own times"
+        (frames, clock), unit = animation(path), " at their own times"
     if not frames:
-        need(times is None and fps is None, f"{path}: a still image; leave times and fps out")
+        if times is not None or fps is not None:
+            read_image(path)
+            raise ValueError(f"{path}: a still image; leave times and fps out")
         return None
-    if times is not None:
-        clock, name = in_microseconds(read_words(times), times)
+    need(times is None or fps is None, "times and fps: give one of them")
     if fps is not None:
         return Clip.at_rate(frames, fps)
+    if times is not None:
+        clock, unit = in_microseconds(read_words(times), times)
     need(clock is not None, f"{path}: its frames have no times; give --times FILE, or --fps")
-    return Clip(frames, clock, clock=name)
+    try:
+        return Clip(frames, clock, clock=unit)
+    except ValueError as error:
+        raise ValueError(f"{times or path}: {error}") from None
 
 
-def read_list(path: Path) -> tuple[list[Path], np.ndarray]:
-    """The frames of a list that are there, by their names relative to it or beside it, and the words of their times,
-    (F, 1). Warns of those that are missing."""
-    rows, there = read_words(path), []
-    need(rows.shape[1] == 2, f"{path}: a line is not `time name`; correct it")
-    for when, name in rows:
-        places = (path.parent / name, path.parent / Path(name).name)
-        there += [(when, place) for place in places if place.is_file()][:1]
-    need(bool(there), f"{path}: none of its {len(rows)} frames is there; give their names relative to the list")
-    if len(there) < len(rows):
-        lost = f"{len(rows) - len(there)} of {len(rows)} frames are missing, and left out"
+def is_frame(path: Path) -> bool:
+    return path.suffix.lower() in FRAMES and not path.name.startswith(".") and path.is_file()
+
+
+def by_number(path: Path) -> list:
+    """For sorting: frame2 comes before frame10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+
+
+def read_list(path: Path) -> tuple[list[Path], np.ndarray, str]:
+    """The frames of a list that are there, by their names relative to it or beside it, their times in microseconds, and
+    the unit they had. Warns of those that are missing."""
+    words = read_words(path, most=1)
+    need(words.shape[1] == 2, f"{path}: a line is not `time name`; correct it")
+    times, unit = in_microseconds(words[:, :1], path)
+    names = [Path(name.strip().replace("\\", "/")) for name in words[:, 1]]
+    places = [(path.parent / name, path.parent / name.name) for name in names]
+    found = [next(filter(Path.is_file, pair), None) for pair in places]
+    there = np.array([frame is not None for frame in found])
+    need(there.any(), f"{path}: none of its {len(found)} frames is there; give their names relative to the list")
+    if not there.all():
+        lost = f"{len(found) - there.sum()} of {len(found)} frames are missing, and left out"
         warnings.warn(f"{path}: {lost}", stacklevel=2)
-    return [place for _, place in there], np.array([[when] for when, _ in there])
+    return [frame for frame in found if frame], times[there], unit
 
 
 def animation(path: Path) -> tuple[list, np.ndarray | None]:
@@ -414,23 +433,27 @@ def animation(path: Path) -> tuple[list, np.ndarray | None]:
             for n in range(getattr(file, "n_frames", 1)):
                 file.seek(n)
                 file.load()
-                shown.append(file.info.get("duration") or 0)
-    if len(shown) < 2 or min(shown) <= 0:  # the pages of a document have no times
+                shown.append(file.info.get("duration"))
+    if len(shown) < 2 or None in shown:  # the pages of a document have no times
         return [], None
-    return [partial(read_page, path, n) for n in range(len(shown))], 1000.0 * np.cumsum([0, *shown[:-1]])
+    times, opened = 1000.0 * np.cumsum([0, *shown[:-1]]) if min(shown) > 0 else None, []
+    return [partial(read_page, path, n, opened) for n in range(len(shown))], times
 
 
-def read_page(path: Path, n: int) -> Image.Image:
-    with Image.open(path) as file:  # opened anew: Pillow does not go back in every format
-        file.seek(n)
-        return file.copy()
+def read_page(path: Path, n: int, opened: list[Image.Image]) -> Image.Image:
+    """The n-th image of a file, which stays open: going back, Pillow starts anew."""
+    if not opened or n < opened[0].tell():
+        opened[:] = [Image.open(path)]
+    opened[0].seek(n)
+    return opened[0].copy()
 
 
-def read_words(path: str | Path) -> np.ndarray:
-    """The words of a text file, (lines, words), parted by spaces or commas; a line after # is a comment."""
+def read_words(path: str | Path, most: int = -1) -> np.ndarray:
+    """The words of a text file, (lines, words), parted by spaces or commas, at most `most` times; a line after # is a
+    comment."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").replace(",", " ").splitlines()
-        rows = [line.split() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        lines = Path(path).read_text(encoding="utf-8-sig").replace(",", " ").splitlines()
+        rows = [line.split(maxsplit=most) for line in lines if line.strip() and not line.lstrip().startswith("#")]
         need(len({len(row) for row in rows}) == 1, "")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not lines of as many words each"
@@ -442,10 +465,13 @@ def in_microseconds(words: np.ndarray, name: str | Path) -> tuple[np.ndarray, st
     """A time for each row of one number, or of two, the start and end of an exposure; and the unit they had: seconds if
     any is not a whole number, else microseconds."""
     try:
-        times = words.astype(np.float64).mean(axis=1)
-        need(words.shape[1] <= 2 and np.isfinite(times).all(), "")
+        ends = words.astype(np.float64)
+        need(ends.shape[1] == 1 or (ends.shape[1] == 2 and (np.diff(ends.ravel()) >= 0).all()), "")
+        times = ends.mean(axis=1)
+        need(np.isfinite(times).all(), "")
     except ValueError:
-        raise ValueError(f"{name}: a line does not begin with a time, or two; correct it") from None
+        told = "a line is not a time, or the start and end of an exposure that follows the one before"
+        raise ValueError(f"{name}: {told}; correct it") from None
     whole = all(word.lstrip("+-").isdigit() for word in words.flat)
     return times * (1 if whole else 1e6), f" at times in {'microseconds' if whole else 'seconds'}"
 

@@ -19,6 +19,7 @@ which come last, are ours.
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -86,26 +87,27 @@ class Events:
         cuts = [*np.searchsorted(t, edges[:-1]), np.searchsorted(t, edges[-1], side="right")]
         if cuts[0] == cuts[-1] and len(self):
             warnings.warn(f"{self.name}: {told}; they cannot say which cells matter", stacklevel=3)
+        common = min(self.span[1], edges[-1]) - max(self.span[0], edges[0])
+        if len(edges) > 2 and 0 <= 10 * common < np.ptp(edges) and cuts[0] < cuts[-1]:
+            spans = "it goes from {:.16g} to {:.16g} us, the clip from {:.16g} to {:.16g} us".format(
+                *self.span, *edges[[0, -1]]
+            )
+            warnings.warn(f"{self.name}: {spans}; are they on one clock, in one unit?", stacklevel=3)
         spans = zip(pairwise(cuts), pairwise(edges.tolist()), strict=True)
         return [replace(self, x=x[a:b], y=y[a:b], t=t[a:b], p=p[a:b], window=window) for (a, b), window in spans]
 
-    def accumulate(self, polarity: str = "count", hot_pixels: str = "keep") -> np.ndarray:
-        """E_v at the sensor's size, (height, width): events by pixel, or on minus off ("signed"); see `mend`."""
+    def accumulate(self, polarity: str = "count") -> np.ndarray:
+        """E_v at the sensor's size, (height, width) int64: events by pixel, or on minus off ("signed")."""
         width, height = self.sensor
-        count = np.zeros(height * width, dtype=np.int64)
-        on, at_once = count.copy(), max(2**18, count.size)  # what fits the cache
+        E_v, at_once = np.zeros(height * width, dtype=np.int64), max(2**18, height * width)  # what fits the cache
         for start in range(0, len(self), at_once):
             x, y, p = (column[start : start + at_once] for column in (self.x, self.y, self.p))
             pixel = y.astype(np.int64) * width + x.astype(np.int64)
-            count += np.bincount(pixel, minlength=count.size)
-            if polarity == "signed":
-                on += np.bincount(pixel[p > 0], minlength=count.size)
-        E_v = (2 * on - count if polarity == "signed" else count).reshape(height, width)
-        count = count.reshape(height, width)
-        if hot_pixels == "mend":
-            return E_v * (mend(count) / np.maximum(count, 1))
-        warn_of_hot(count, self.name)
-        return E_v
+            counted = np.bincount(pixel, minlength=E_v.size)
+            if polarity == "signed":  # on - off = 2 on - all
+                counted = 2 * np.bincount(pixel[p > 0], minlength=E_v.size) - counted
+            E_v += counted
+        return E_v.reshape(height, width)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +115,7 @@ class EventMap:
     """E_v already accumulated, or any other (height, width) numbers that say what matters where."""
 
     values: np.ndarray
+    name: str = "the event map"
 
     def __str__(self) -> str:
         return "an event map of {1} x {0}".format(*self.values.shape)
@@ -130,9 +133,9 @@ class EventMap:
         need(edges is None, f"{self} has no times; leave window out, and give a clip a recording")
         return [self]
 
-    def accumulate(self, polarity: str = "count", hot_pixels: str = "keep") -> np.ndarray:
-        """The map itself, (height, width), mended if asked; polarity does not apply."""
-        return mend(self.values) if hot_pixels == "mend" else self.values
+    def accumulate(self, polarity: str = "count") -> np.ndarray:
+        """The map itself, (height, width), in its own dtype; polarity does not apply."""
+        return self.values
 
 
 def read_events(source, order: str | None = None, time_unit: str | None = None) -> Events | EventMap:
@@ -332,7 +335,7 @@ def spread_order(T: int, cells_h: int, cells_w: int) -> np.ndarray:
     rank = np.zeros((T, cells_h, cells_w), dtype=np.int64)
     for bit in range((max(cells_h, cells_w) - 1).bit_length()):  # the lowest bit of a coordinate decides most
         rank = 4 * rank + 2 * ((row ^ column) >> bit & 1) + (row >> bit & 1)
-    return rank
+    return T * rank + t
 
 
 # Beyond the paper: a rule that covers, and hot pixels
@@ -360,12 +363,13 @@ def worth(S: np.ndarray | None, G: np.ndarray) -> np.ndarray:
 def cover_mask(w: np.ndarray, tau: float) -> np.ndarray:
     """Ours, not Eq. 6: keeps `budget` cells, one after another. u is what is left of w. Each step keeps the cell j with
     the largest sum of u_i k(i - j), and takes from each u_i its share k(i - j). k is a Gaussian with a deviation of one
-    cell and one moment (with more, what moves is seen in one moment only; with less, more is seen twice), a product of
-    a matrix for each axis. It ends at REACH, so a step changes only what is near. Equal sums go by `spread_order`. A
-    larger sparsity keeps a subset. Example, w = [[[3, 2, 0, 2]]], k(1) = 0.61, k(2) = 0.14: first cell 0, then u =
-    [0, 0.79, 0, 1.98], and cell 3."""
+    cell and one moment, 0 for a moment before j's (more moments: what moves is seen only once; fewer: what rests is
+    seen twice). It is a product of a matrix for each axis, and ends at REACH, so a step changes only what is near.
+    Equal sums go by `spread_order`. A larger sparsity keeps a subset. Example, w = [[[3, 2, 0, 2]]], k(1) = 0.61, k(2)
+    = 0.14: first cell 0, then u = [0, 0.79, 0, 1.98], and cell 3."""
     distances = [np.abs(np.subtract.outer(range(n), range(n))) for n in w.shape]
     k = [np.exp(-(d**2) / 2) * (d <= REACH) for d in distances]
+    k[0] = np.triu(k[0])  # what is kept explains what comes after it
     u, ties = w.astype(np.float64), 1e-9 * (w.max() or 1) * spread_order(*w.shape) / w.size
     gain = _sums(u, k, (slice(None),) * 3, (slice(None),) * 3) - ties
     for _ in range(budget(w.size, tau)):
@@ -384,24 +388,29 @@ def _sums(u: np.ndarray, k: list[np.ndarray], to: tuple[slice, ...], of: tuple[s
     return np.tensordot(times, rows @ u[of] @ columns.T, 1)
 
 
-def mend(E_v: np.ndarray) -> np.ndarray:
+def event_maps(moments: list[Events] | list[EventMap], polarity: str, hot_pixels: str) -> Iterator[np.ndarray]:
+    """E_v of each moment, (height, width); with hot_pixels "mend", mended by the counts of all moments together. Else
+    warns where 20 pixels hold over a quarter of 1,000 events or more: in whole real recordings it is 0.1 to 11 %."""
+    single = len(moments) == 1 and polarity == "count"  # then nothing is counted twice
+    maps = [moments[0].accumulate()] if single else (each.accumulate(polarity) for each in moments)
+    count = sum(np.abs(E_v, dtype=np.float64) for E_v in (maps if single else (each.accumulate() for each in moments)))
+    if hot_pixels == "mend":
+        return (mend(E_v, count) for E_v in maps)
+    if count.sum() >= 1000 and 4 * np.partition(count, -min(20, count.size), axis=None)[-20:].sum() > count.sum():
+        told = "20 pixels hold over a quarter of the events; if they are hot, give hot_pixels mend"
+        warnings.warn(f"{moments[0].name}: {told}", stacklevel=3)
+    return iter(maps)
+
+
+def mend(E_v: np.ndarray, count: np.ndarray | None = None) -> np.ndarray:
     """E_v (height, width), float64, with each hot pixel lowered to the largest of its eight neighbours, which may be
-    hot, too. Hot is over 10 times the median of the pixels that are not zero."""
+    hot, too. Hot is a count (None: of E_v itself) over 10 times the median of those that are not zero."""
     E_v = E_v.astype(np.float64)
-    count, padded = np.abs(E_v), np.pad(np.abs(E_v), 1)
+    count, padded = np.abs(E_v) if count is None else count, np.pad(np.abs(E_v), 1)
     places = [(row, column) for row in range(3) for column in range(3) if (row, column) != (1, 1)]
     around = np.max([padded[r : r + E_v.shape[0], c : c + E_v.shape[1]] for r, c in places], axis=0)
     hot = count > 10 * np.median(count[count > 0]) if count.any() else False
-    return np.where(hot, np.sign(E_v) * np.minimum(count, around), E_v)
-
-
-def warn_of_hot(count: np.ndarray, name: str) -> None:
-    """Warns where 20 pixels hold over a quarter of at least 1,000 events: in whole real recordings they hold 0.1 to
-    11 %."""
-    busiest, total = np.partition(count, -min(20, count.size), axis=None)[-20:].sum(), count.sum()
-    if total >= 1000 and 4 * busiest > total:
-        told = f"20 pixels hold {100 * busiest // total} % of the events; if they are hot, give hot_pixels mend"
-        warnings.warn(f"{name}: {told}", stacklevel=4)
+    return np.where(hot, np.sign(E_v) * np.minimum(np.abs(E_v), around), E_v)
 
 
 # Functions of S and tau, `cover` of w and tau. A rule of one's own goes here.

@@ -109,7 +109,9 @@ def eight_bits(image: Image.Image, name: str) -> Image.Image:
         raise ValueError("grey of unknown range")
     bits = next(bits for bits in (8, 10, 12, 14, 16) if grey.max() < 2**bits)
     warnings.warn(f"{name}: grey values up to {grey.max()}, read as {bits} bits", stacklevel=3)
-    return Image.fromarray((grey.astype(np.int64) * 255 // (2**bits - 1)).astype(np.uint8))
+    scaled = Image.fromarray((grey.astype(np.int64) * 255 // (2**bits - 1)).astype(np.uint8))
+    scaled.info["bits"] = bits
+    return scaled
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,9 +142,9 @@ class Clip:
     def __str__(self) -> str:
         return "" if self.times is None else f", {len(self.frames)} frames{self.clock}"
 
-    @cached_property
+    @property
     def size(self) -> tuple[int, int]:
-        return self.frame(0).size  # (width, height), pixels
+        return self.first.size  # (width, height), pixels
 
     @property
     def moments(self) -> int:
@@ -162,8 +164,10 @@ class Clip:
 
     @property
     def seconds(self) -> np.ndarray:
-        """How long each window is, (T, 1, 1); 1 if there is only one frame."""
-        return np.ones((1, 1, 1)) if len(self.frames) < 2 else np.diff(self.edges)[:, None, None] / 1e6
+        """How long each window is, (T, 1, 1), to three digits: counts that are equal should stay so as rates, though
+        windows differ by a microsecond. 1 if there is only one frame."""
+        lengths = [1e6] if len(self.frames) < 2 else np.diff(self.edges)
+        return np.array([float(f"{length / 1e6:.3g}") for length in lengths])[:, None, None]
 
     def within(self, window: tuple[float, float] | None) -> "Clip":
         """The frames from start to end, both included, in microseconds. Raises ValueError if there are none."""
@@ -177,13 +181,20 @@ class Clip:
         return replace(self, frames=[self.frames[n] for n in inside], times=self.times[inside], window=window)
 
     def frame(self, number: int) -> Image.Image:
-        """As `read_image` gives it. Raises ValueError for another size than the first frame's."""
+        """As `read_image` gives it. Raises ValueError for another size, or other bits, than the first frame's."""
         source = self.frames[number]
-        image = read_image(source() if callable(source) else source)
-        if number and image.size != self.size:
-            sizes = "{} x {} pixels, the first {} x {}".format(*image.size, *self.size)
-            raise ValueError(f"frame {number + 1} has {sizes}; give frames of one size")
+        with warnings.catch_warnings(action="ignore" if number else None):  # the first frame has given them
+            image = read_image(source() if callable(source) else source)
+        now, first = "{} x {} pixels of {} bits", image if number == 0 else self.first
+        now, first = (now.format(*each.size, each.info.get("bits", 8)) for each in (image, first))
+        if now != first:
+            name = source if isinstance(source, str | Path) else f"frame {number + 1}"
+            raise ValueError(f"{name}: {now}, the first has {first}; give frames of one size, scaled alike")
         return image
+
+    @cached_property
+    def first(self) -> Image.Image:
+        return self.frame(0)
 
     def pixels(self, moment: int, height: int, width: int) -> Tensor:
         """X_v of a moment, (2, H, W, 3) uint8. Resampling is part of the model: Pillow's bicubic filter for a still

@@ -16,9 +16,9 @@ Glossary
 """
 
 import argparse
+import contextlib
 import math
 import sys
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common import Parser, check_output, exit_status, write_whole
+from common import Parser, check_output, exit_status, warnings_as_lines, write_whole
 from epvlm import add_flags, chosen, flag, read_clip
 from events import Events, need
 from vit import Clip, read_image
@@ -149,28 +149,19 @@ def saccade(image: np.ndarray, radius: float = RADIUS, duration: float = 1e5) ->
 
 def movie(clip: Clip) -> Iterator[tuple[float, np.ndarray]]:
     """Frames for `camera`, read one by one, all of one size and scaled alike. Raises ValueError that names a file."""
-    first = None
-    for number, (time, source) in enumerate(zip(clip.times, clip.frames, strict=True), 1):
-        image, bits = read_frame(source)
-        now, name = "{} x {} pixels of {}".format(*image.size, bits), f"frame {number}" if callable(source) else source
-        if now != (first := first or now):
-            raise ValueError(f"{name}: {now}, but {first} in the first; give frames of one size, scaled alike")
-        yield float(time), np.asarray(image)
+    for number, time in enumerate(clip.times):
+        check_single(clip.frames[number])
+        yield float(time), np.asarray(clip.frame(number))
         if sys.stderr.isatty():
-            print(f"\rframe {number}\033[K", end="\r", file=sys.stderr, flush=True)
+            print(f"\rframe {number + 1}\033[K", end="\r", file=sys.stderr, flush=True)
 
 
-def read_frame(source) -> tuple[Image.Image, str]:
-    """A frame, as `Clip` holds them, and what its grey was scaled from, such as "12 bits". A file holds one image."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("ignore")  # Pillow's, of large images
-        warnings.filterwarnings("always", ".*read as")
-        image = read_image(source() if callable(source) else source)
+def check_single(source) -> None:
+    """Raises ValueError for a file of several images."""
     if not callable(source):
-        with Image.open(source) as file:
+        with contextlib.suppress(OSError), Image.open(source) as file:  # `read_image` says what is wrong
             if getattr(file, "n_frames", 1) > 1:
                 raise ValueError(f"{source}: holds {file.n_frames} images; save each as a file of its own")
-    return image, str(caught[0].message).rpartition("read as ")[2] if caught else "8 bits"
 
 
 def save_events(events: Events, path: Path) -> None:
@@ -184,17 +175,19 @@ def run(args: argparse.Namespace) -> None:
     """The command line's work: images in, a recording out."""
     options = chosen(args, CameraOptions)
     check_output(args.output, ".npy", args.images)
-    if len(args.images) > 1:
-        need(args.times is None, "times is for a folder of frames; leave it out")
-        clip = Clip.at_rate(args.images, FPS if args.fps is None else args.fps)
-    else:
-        clip = read_clip(Path(args.images[0]), args.times, args.fps)
-    if clip is None:
-        frames = saccade(np.asarray(read_frame(args.images[0])[0]), RADIUS if args.radius is None else args.radius)
-    else:
-        need(args.radius is None, "radius is for a single image; leave it out")
-        frames = movie(clip)
-    events = camera(frames, options)
+    with warnings_as_lines("camera"):
+        if len(args.images) > 1:
+            need(args.times is None, "times is for a folder of frames; leave it out")
+            clip = Clip.at_rate(args.images, FPS if args.fps is None else args.fps)
+        else:
+            clip = read_clip(Path(args.images[0]), args.times, args.fps)
+        if clip is None:
+            check_single(args.images[0])
+            frames = saccade(np.asarray(read_image(args.images[0])), RADIUS if args.radius is None else args.radius)
+        else:
+            need(args.radius is None, "radius is for a single image; leave it out")
+            frames = movie(clip)
+        events = camera(frames, options)
     save_events(events, args.output)
     hint = "" if len(events) else ": no pixel changed so much, lower --threshold"
     print(f"wrote {len(events)} events to {args.output}{hint}", file=sys.stderr)

@@ -36,8 +36,9 @@ def check_output(path: Path, suffix: str = "", inputs: Iterable[str] = ()) -> Pa
     place = Path(os.path.realpath(path))  # which, unlike Path's, raises nothing
     if not place.parent.is_dir() or (place.exists() and not place.is_file()):
         raise ValueError(f"{path}: cannot be written there; give a file's name in a folder that exists")
-    if place in [Path(os.path.realpath(name)) for name in inputs]:
-        raise ValueError(f"{path}: is one of the inputs; give another name")
+    given = [Path(os.path.realpath(name)) for name in inputs]
+    if place in given or (suffix == ".png" and place.parent in given):  # there it would be a frame
+        raise ValueError(f"{path}: is one of the inputs, or among them; give another name")
     if not path.name.lower().endswith(suffix):
         raise ValueError(f"{path}: it is written as {suffix}; name it so")
     return place

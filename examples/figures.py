@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common import Parser, add_model, check_output, exit_status, load, warnings_as_lines, write_whole
 from epvlm import EPVLM, Options, Sampling, View, add_flags, add_input, announce, chosen, read_input, scale, show
-from events import read_events, resize
+from events import event_maps, read_events, resize
 from vit import Clip, read_image
 
 ON, OFF, DROPPED = "#ff2010", "#1060ff", "#103028"  # colours of a picture; both polarities at once are purple
@@ -47,7 +47,7 @@ def picture(model: EPVLM, image, events, options: Options) -> Image.Image:
     if events is not None:
         with warnings.catch_warnings(action="ignore"):  # `look` has given them
             moments = events.align(clip.size, options.sensor).cut(clip.edges)
-            E_v = [[each.accumulate(p, options.hot_pixels) for p in ("count", "signed")] for each in moments]
+            E_v = list(zip(*(event_maps(moments, p, options.hot_pixels) for p in ("count", "signed")), strict=True))
     columns = []
     for moment in np.linspace(0, clip.moments - 1, min(clip.moments, 8)).round().astype(int):
         seen = Image.fromarray(clip.pixels(moment, H, W)[0].numpy())

@@ -92,7 +92,7 @@ def cover(w: np.ndarray, keep: int) -> np.ndarray:
     """The mask of the rule that covers, by every pair of cells. w (T, cells_h, cells_w); returns bool, `keep` True."""
     cells, rank, kept = list(np.ndindex(w.shape)), spread_order(*w.shape), []
     u = {cell: float(w[cell]) for cell in cells}
-    k = {(a, b): math.exp(-(math.dist(a, b) ** 2) / 2) for a in cells for b in cells}
+    k = {(a, b): math.exp(-(math.dist(a, b) ** 2) / 2) if b[0] >= a[0] else 0 for a in cells for b in cells}
 
     def explains(a) -> float:
         """What is unexplained around a; the last term decides between equals."""

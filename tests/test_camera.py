@@ -265,7 +265,7 @@ def test_wide_grey_is_scaled_alike_in_all_frames(folder, capsys):
     assert told(capsys, "ten.png", "also ten.png", "-o", "events.npy") == (0, ANY)
     for frames, bits in ((("ten", "twelve"), (12, 10)), (("0", "ten"), (10, 8))):
         status, err = told(capsys, *(f"{name}.png" for name in frames), "-o", "events.npy")
-        fault = "{}.png: 40 x 30 pixels of {} bits, but 40 x 30 pixels of {} bits in the first"
+        fault = "{}.png: 40 x 30 pixels of {} bits, the first has 40 x 30 pixels of {} bits"
         assert status == 2 and fault.format(frames[1], *bits) in err and err.count("\n") == 1
 
 
@@ -304,7 +304,7 @@ def test_an_upright_recording_of_a_photograph_on_its_side(folder, capsys):
     [
         (("no.png",), "no.png: cannot be read as an image (there is no such file)"),
         (("0.png", "no.png"), "no.png: cannot be read as an image (there is no such file)"),
-        (("0.png", "small.png"), "small.png: 8 x 9 pixels of 8 bits, but 40 x 30 pixels of 8 bits in the first"),
+        (("0.png", "small.png"), "small.png: 8 x 9 pixels of 8 bits, the first has 40 x 30 pixels of 8 bits"),
         (("0.png", "text.png"), "text.png: cannot be read as an image"),
         (("0.png", "1.png", "--fps", "0"), "fps 0"),
         (("0.png", "1.png", "--fps", "nan"), "fps nan"),

@@ -30,6 +30,7 @@ from events import (
     budget,
     budget_mask,
     cover_mask,
+    event_maps,
     literal_mask,
     mend,
     motion,
@@ -399,7 +400,8 @@ MESSAGES = [  # how it ends, what is read, how it is aligned
      ((9, 9),)),
     ("a sensor of 8 x 2 pixels, an image of 4 x 3; they must show the same", two(), ((4, 3), (8, 2))),
     ("the event map is zero everywhere; it cannot say which cells matter", np.zeros((5, 5)), ((9, 9),)),
-    ("the events: 20 pixels hold 27 % of the events; if they are hot, give hot_pixels mend", HOT, ((40, 30),)),
+    ("the events: 20 pixels hold over a quarter of the events; if they are hot, give hot_pixels mend", HOT,
+     ((40, 30),)),
 ]  # fmt: skip
 
 
@@ -407,8 +409,7 @@ MESSAGES = [  # how it ends, what is read, how it is aligned
 def test_messages(tmp_path, words, source, alignment, window):
     with warnings.catch_warnings(action="error"), pytest.raises((ValueError, UserWarning)) as raised:
         events = read_events(source(tmp_path) if callable(source) else source)
-        (events,) = events.align(*alignment).cut(window and np.array(window))
-        events.accumulate()
+        event_maps(events.align(*alignment).cut(window and np.array(window)), "count", "keep")
     assert str(raised.value).endswith(words) and "\n" not in str(raised.value)
 
 
@@ -466,9 +467,13 @@ def test_cutting_is_the_loop_over_events_and_windows(recording, data):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         moments = read_events(rows).cut(cuts)
-    assert [str(warning.message).endswith("which cells matter") for warning in caught] == [True] * (
-        len(rows) > 0 and not any(expected)
-    )
+    told = []
+    if len(rows) and not any(expected):
+        told = ["they cannot say which cells matter"]
+    elif len(rows) and len(cuts) > 2:
+        common = min(rows["t"].max(), cuts[-1]) - max(rows["t"].min(), cuts[0])
+        told = ["are they on one clock, in one unit?"] * bool(common < (cuts[-1] - cuts[0]) / 10)
+    assert [str(warning.message).rpartition("; ")[2] for warning in caught] == told
     assert [columns(each) for each in moments] == [[[row[n] for row in each] for n in range(4)] for each in expected]
     assert [each.window for each in moments] == list(itertools.pairwise(cuts.tolist()))
 
@@ -675,11 +680,28 @@ def test_hot_pixels_are_mended_where_events_are_accumulated(polarity):
     rows = np.concatenate([fired(counts), fired(counts[:9], p=1)])
     aligned, expected = read_events(rows).align((40, 30)), slow_count(rows, 40, 30, polarity)
     with warnings.catch_warnings(action="error"):
-        mended = aligned.accumulate(polarity, "mend")
+        (mended,) = event_maps([aligned], polarity, "mend")
     expected[20, 10] = 1 if polarity == "count" else -1
     assert np.array_equal(mended, expected)
-    assert np.array_equal(EventMap(counts).accumulate(hot_pixels="mend"), mend(counts))
-    assert np.array_equal(EventMap(counts).accumulate(), counts)
+    assert np.array_equal(next(event_maps([EventMap(counts)], polarity, "mend")), mend(counts))
+    with pytest.warns(UserWarning, match="the event map: 20 pixels hold"):
+        assert np.array_equal(next(event_maps([EventMap(counts)], polarity, "keep")), counts)
+
+
+def test_hot_pixels_of_a_clip_are_those_of_all_moments_together():
+    """In a short window the others have an event or none, and one of ten times as many stands out everywhere."""
+    counts = np.ones((30, 40), dtype=int)
+    counts[20, 10] = 15
+    moments = [read_events(fired(counts)).align((40, 30)) for _ in range(3)]
+    counts[4, 4], counts[20, 10] = 40, 1  # 42 in all, where the others have 3
+    moments[1] = read_events(fired(counts)).align((40, 30))
+    mended = list(event_maps(moments, "count", "mend"))
+    assert [E_v[20, 10] for E_v in mended] == [1, 1, 1] and [E_v[4, 4] for E_v in mended] == [1, 1, 1]
+    with pytest.warns(UserWarning) as caught:
+        counts[7, 7] = 10**5
+        for _ in event_maps([read_events(fired(counts)).align((40, 30))] * 3, "signed", "keep"):
+            pass
+    assert len(caught) == 1
 
 
 @pytest.mark.parametrize("polarity", ["count", "signed"])
@@ -694,10 +716,10 @@ def test_twenty_pixels_over_a_quarter_of_a_thousand_events_warn(polarity, busies
     aligned = read_events(fired(counts.reshape(30, 40))).align((40, 30))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        E_v = aligned.accumulate(polarity)
-        aligned.accumulate(polarity, "mend")
+        (E_v,) = event_maps([aligned], polarity, "keep")
+        event_maps([aligned], polarity, "mend")
     assert [str(warning.message) for warning in caught] == [
-        "the events: 20 pixels hold 25 % of the events; if they are hot, give hot_pixels mend"
+        "the events: 20 pixels hold over a quarter of the events; if they are hot, give hot_pixels mend"
     ] * warns
     assert np.array_equal(np.abs(E_v).ravel(), counts)
 
@@ -706,8 +728,8 @@ def test_twenty_pixels_over_a_quarter_of_a_thousand_events_warn(polarity, busies
 def test_a_sensor_of_at_most_twenty_pixels_warns_and_is_counted(width, height):
     counts = np.full((height, width), 1000)
     aligned = read_events(fired(counts)).align((width, height), (width, height))
-    with pytest.warns(UserWarning, match="20 pixels hold 100 % "):
-        assert np.array_equal(aligned.accumulate(), counts)
+    with pytest.warns(UserWarning, match="20 pixels hold over a quarter"):
+        assert np.array_equal(next(event_maps([aligned], "count", "keep")), counts)
 
 
 # Resizing
