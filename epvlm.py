@@ -117,7 +117,7 @@ class View:
     patches: Tensor  # (N', 1176) float32, X~_v of Eq. 7
     keep: Tensor  # (T, grid_h, grid_w) bool, M_v^E by patch
     groups: Tensor  # (T, groups_h, groups_w) bool, True where a group has a token
-    S: np.ndarray | None  # (T, cells_h, cells_w) float64, Eq. 5, in 1 / (H W) of an event; None without events
+    S: np.ndarray | None  # (T, cells_h, cells_w) float64, Eq. 5, in 1 / (H W) of an event, of a clip per second
     source: str  # where the mask comes from, such as "37142 events in 20.0 ms"
     system: str | None  # the system turn, see Options
     start: int  # how many tokens of the prompt stand before the image's

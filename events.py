@@ -6,7 +6,7 @@ Glossary
     x, y, t, p       an event: column and row (pixels), time (microseconds), polarity (on or off)
     E_v              event map: events of a time window by pixel, (height, width) of the sensor, then resized, (T, H, W)
     cell             what the mask decides on: a group, 28 x 28 pixels (the default), or a patch, 14 x 14
-    S                (T, cells_h, cells_w), Eq. 5: motion of each cell, in the unit of `resize`; T = 1 for a still image
+    S                (T, cells_h, cells_w), Eq. 5: motion of each cell, in the unit of `resize`, of a clip per second
     G, w             of the same shape: novelty of each cell in the image, and its worth; ours, not the paper's
     tau              fraction kept, as in Eq. 6; `sparsity` = 1 - tau is the fraction dropped, as in Table 1
     M                (T, cells_h, cells_w) bool, Eq. 6's M_v^E: True keeps, False drops
