@@ -8,8 +8,6 @@ Glossary
     groups           (T, groups_h, groups_w) bool, the mask by group: True keeps, False drops; a still image has T = 1
     positions        (3, L) int64, M-RoPE: time, row and column of every token
     hidden           (B, L, hidden_size), B = 1 when answering
-    cache            keys and values of the tokens read so far, preallocated
-    angles           (..., L, head_dim/2) float32, half-split pairing
 
 What differs from plain Qwen2-VL: the positions of visual tokens are packed, and text goes on after the DENSE image, so
 dropping tokens moves no other token. Module names are the published tensor names.
