@@ -2,11 +2,9 @@
 
 Equations: 1 and 3 (the dense case, nothing dropped), 7 and 8 (Pack), 9 (the transformer g), 10 (the merger MLP_W).
 
-Glossary
-    X_v              the input after smart_resize, two frames a moment, (T, 2, H, W, 3) uint8; H and W are multiples of
-                     28 pixels, and a still image is both frames of its only moment
+Glossary (T, N, N' and keep: see rope2d.py)
+    X_v              the input after smart_resize, (T, 2, H, W, 3) uint8; H and W are multiples of 28 pixels
     p                patch side, 14 pixels; M_v the merge size, 2 patches; a group is M_v x M_v patches, 28 x 28 pixels
-    T, N, N', keep   as in rope2d.py: moments, patches of the dense input, patches kept, the mask by patch
     n_t              patches kept of each moment that keeps any: attention stays within a moment
     X~_v, R~^2D      packed patches (N', 1176) and packed rotary angles (N', head_dim/2)
     z, Z_v           a layer's output, (B, N', embed_dim), and the last layer's; B is 1 when answering
@@ -155,11 +153,10 @@ class Clip:
         """Where the windows of the moments begin and end, (T + 1,) microseconds: halfway between the frames of two
         moments, and half a frame's time before the first and after the last. None for all events. Example, frames at
         0, 40, 80, 120 and 160: -20, 60, 140, 180."""
-        if self.times is None or len(self.times) < 2:
+        if len(self.frames) < 2:
             return None if self.window is None else np.array(self.window)
-        t = np.concatenate((2 * self.times[:1] - self.times[1:2], self.times, 2 * self.times[-1:] - self.times[-2:-1]))
-        halfway = (t[1:] + t[:-1]) / 2  # before the first frame, ..., after the last
-        edges = np.concatenate((halfway[:-1:2], halfway[-1:]))
+        t = np.pad(self.times, 1, "reflect", reflect_type="odd")  # a frame more at each end
+        edges = ((t[1:] + t[:-1]) / 2)[[*range(0, len(t) - 2, 2), -1]]
         return edges if self.window is None else edges.clip(*self.window)
 
     @property
@@ -174,11 +171,11 @@ class Clip:
         window = self.window if window is None else window
         if self.times is None or window is None:
             return replace(self, window=window)
-        inside = ((self.times >= window[0]) & (self.times <= window[1])).nonzero()[0]
-        if not len(inside):
+        first, last = self.times.searchsorted(window[0]), self.times.searchsorted(window[1], side="right")
+        if first >= last:
             told = "{:.16g} to {:.16g} us, they go from {:.16g} to {:.16g} us".format(*window, *self.times[[0, -1]])
             raise ValueError(f"no frame from {told}; change window")
-        return replace(self, frames=[self.frames[n] for n in inside], times=self.times[inside], window=window)
+        return replace(self, frames=self.frames[first:last], times=self.times[first:last], window=window)
 
     def frame(self, number: int) -> Image.Image:
         """As `read_image` gives it. Raises ValueError for another size, or other bits, than the first frame's."""
@@ -198,7 +195,7 @@ class Clip:
 
     def pixels(self, moment: int, height: int, width: int) -> Tensor:
         """X_v of a moment, (2, H, W, 3) uint8. Resampling is part of the model: Pillow's bicubic filter for a still
-        image, torch's for a clip, as in transformers; others move pixels by up to 23 levels."""
+        image, torch's for a clip, as in transformers. They differ by at most 2 levels of 255; others do by up to 23."""
         if self.times is None:
             image = np.array(self.frame(0).resize((width, height), Image.Resampling.BICUBIC))
             return torch.from_numpy(image).expand(2, -1, -1, -1)
@@ -218,9 +215,7 @@ def packed_patches(clip: Clip, keep: Tensor, config: VisionConfig, image_config:
     the input size, grid * 14 pixels. Returns (N', 3 * 2 * p * p) float32."""
     height, width = (side * config.patch_size for side in keep.shape[1:])
     unit = 255 if clip.times is None else 1  # transformers normalises clips in levels, which differs in the last bit
-    mean, std = (
-        255 / unit * torch.tensor(v).view(3, 1, 1, 1) for v in (image_config.image_mean, image_config.image_std)
-    )
+    mean, std = 255 / unit * torch.tensor((image_config.image_mean, image_config.image_std)).view(2, 3, 1, 1, 1)
     packed = []
     for moment in keep.flatten(1).any(dim=1).nonzero().flatten().tolist():
         patches = patchify(clip.pixels(moment, height, width), config.patch_size, config.spatial_merge_size)
