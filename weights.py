@@ -162,9 +162,8 @@ def section(path: Path, content: dict, *keys: str) -> dict:
 def read_config(folder: Path) -> tuple[dict, dict]:
     """The vision and the text settings of config.json, the same whichever way it is laid out: published files keep the
     decoder's values at the root, newer ones nest them in text_config, some do both; rotary settings are `rope_theta`
-    beside `rope_scaling`, or both within `rope_parameters`. Values absent from the file are left out: the dataclasses
-    hold Qwen2-VL's defaults. Source: Qwen2VLConfig in transformers' configuration_qwen2_vl.py. Raises ValueError if it
-    describes another model."""
+    beside `rope_scaling`, or both within `rope_parameters`. Source: Qwen2VLConfig in transformers'
+    configuration_qwen2_vl.py. Raises ValueError if it describes another model."""
     path = folder / "config.json"
     root = read_json(path, required=True)
     kind = root.get("model_type")
