@@ -1,4 +1,4 @@
-"""EP-VLM: answers a question about an image by looking only at the patches where an event camera saw motion.
+"""EP-VLM: answers a question about an image or a clip by looking only at patches where an event camera saw motion.
 
     python epvlm.py image.png events.npy "What is moving?"
 
@@ -9,13 +9,8 @@ First look, then ask; each step names the module that holds its equations:
     view, question  -> R~^2D, Z_v, H_v  their positions, the transformer, the merger   vit.py      Eq. 8, 9, 10
                     -> X_a              f(concat(H_v, H_q)), the answer                llm.py      Eq. 4
 
-Glossary
-    T, N, N', L      moments (1 for a still image), patches of the dense input, patches kept, tokens of the prompt
-    keep, groups     the mask by patch (T, grid_h, grid_w) and by group (T, groups_h, groups_w): True keeps, False drops
-    sparsity         fraction of cells dropped, as in Table 1; Eq. 6's tau = 1 - sparsity is the fraction kept
-
-What differs from plain Qwen2-VL: the mask. With nothing dropped this is plain Qwen2-VL. Without events nothing is
-dropped, except by the rule `cover`, which is ours and then sees the image alone.
+The glossaries are in those modules. What differs from plain Qwen2-VL: the mask. With nothing dropped this is plain
+Qwen2-VL. Without events nothing is dropped, except by the rule `cover`, which is ours and then sees the image alone.
 """
 
 import argparse
@@ -35,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
@@ -117,8 +112,8 @@ class View:
     patches: Tensor  # (N', 1176) float32, X~_v of Eq. 7
     keep: Tensor  # (T, grid_h, grid_w) bool, M_v^E by patch
     groups: Tensor  # (T, groups_h, groups_w) bool, True where a group has a token
-    S: np.ndarray | None  # (T, cells_h, cells_w) float64, Eq. 5, in 1 / (H W) of an event, of a clip per second
-    source: str  # where the mask comes from, such as "37142 events in 20.0 ms"
+    S: np.ndarray | None  # (T, cells_h, cells_w) float64, Eq. 5, see events.py; None without events
+    source: str  # what was looked at, such as "37142 events in 20.0 ms, 5 frames at 25 a second"
     system: str | None  # the system turn, see Options
     start: int  # how many tokens of the prompt stand before the image's
     pad: int  # the token that stands for each group: that of an image, or of a clip
@@ -156,11 +151,10 @@ class EPVLM:
         clip = (image if isinstance(image, Clip) else Clip([read_image(image)])).within(options.window)
         T, (H, W), config = clip.moments, self.input_size(clip, options), self.vit.config
         patch, merge, group = config.patch_size, config.spatial_merge_size, config.group_size  # pixels, patches, pixels
-        drops = options.sparsity > 0 and (events is not None or options.rule == "cover")
-        dense = T * H * W // group**2  # tokens
-        kept = budget(dense, 1 - options.sparsity) if drops else dense  # or more: ties, patches
+        tau = 1.0 if events is None and options.rule != "cover" else 1 - options.sparsity  # fraction kept, as in Eq. 6
         before, after = prompt_ids(self.tokenizer, "", options.system)
-        self.check_room(kept, dense, len(before) + len(after), T)
+        dense = T * H * W // group**2  # tokens; ties, and cells of a patch, may keep more than the budget
+        self.check_room(budget(dense, tau), dense, len(before) + len(after), T)
         side = group if options.cell == "group" else patch  # of a cell, in pixels
         S, M, source = None, np.ones((T, H // side, W // side), dtype=bool), "no events"
         if events is not None:
@@ -171,31 +165,29 @@ class EPVLM:
             )
             E_v = (resize(each, H, W)[None] for each in event_maps(moments, options.polarity, options.hot_pixels))
             S = np.concatenate([motion(E_t, side) for E_t in E_v]) / clip.seconds  # Eq. 5: (T, cells_h, cells_w)
-        if drops and options.rule == "cover":  # ours, in the place of Eq. 6
+        if tau < 1 and options.rule == "cover":  # ours, in the place of Eq. 6
             frames = (clip.pixels(t, H, W)[0].clone().numpy() for t in range(T))  # the first of each moment
-            G = np.stack([novelty(frame, before, side) for before, frame in pairwise(chain([None], frames))])
-            M = RULES["cover"](worth(S, G), 1 - options.sparsity)
-        elif drops:
-            M = RULES[options.rule](S, 1 - options.sparsity)  # Eq. 6: (T, cells_h, cells_w) bool
+            G = np.stack([novelty(frame, last, side) for last, frame in pairwise(chain([None], frames))])
+            M = RULES["cover"](worth(S, G), tau)
+        elif tau < 1:
+            M = RULES[options.rule](S, tau)  # Eq. 6: (T, cells_h, cells_w) bool
         keep = torch.from_numpy(M.repeat(side // patch, 1).repeat(side // patch, 2))  # (T, grid_h, grid_w)
         groups = keep.view(T, H // group, merge, W // group, merge).any(dim=4).any(dim=2)  # (T, groups_h, groups_w)
         patches = packed_patches(clip, keep, config, self.image_config)  # Eq. 7: (N', 1176)
         if options.system is None and not self.checkpoint.usual_system:
             warnings.warn("the chat template has another system turn; give it as system (--system TEXT)", stacklevel=2)
-        pad = self.image_pad if clip.times is None else self.video_pad
+        pad = self.image_pad if clip.still else self.video_pad
         return View(patches, keep, groups, S, f"{source}{clip}", options.system, len(before), pad)
 
     def input_size(self, clip: Clip, options: Options) -> tuple[int, int]:
         """(H, W) in pixels, by the limits of the options, else of the checkpoint, which are narrower for a frame."""
-        config = self.image_config
-        if clip.times is not None:
-            low, high = FRAME_PIXELS
-            most = config.max_pixels if options.max_pixels is None else options.max_pixels
-            low = low if most >= 2 * low else config.min_pixels  # else rounding up could pass the most
-            config = replace(config, min_pixels=max(low, config.min_pixels), max_pixels=min(high, config.max_pixels))
-        limits = {"min_pixels": options.min_pixels, "max_pixels": options.max_pixels}
-        config = replace(config, **{name: value for name, value in limits.items() if value is not None})
-        return smart_resize(*clip.size[::-1], self.vit.config.group_size, config)
+        config, least, most = self.image_config, options.min_pixels, options.max_pixels
+        low, high = config.min_pixels, config.max_pixels if most is None else most
+        if not clip.still:
+            low = max(low, FRAME_PIXELS[0]) if high >= 2 * FRAME_PIXELS[0] else low  # rounding up may double an area
+            high = high if most is not None else min(high, FRAME_PIXELS[1])
+        limits = replace(config, min_pixels=low if least is None else least, max_pixels=high)
+        return smart_resize(*clip.size[::-1], self.vit.config.group_size, limits)
 
     def prompt(self, view: View, question: str) -> tuple[Tensor, Tensor]:
         """What the decoder is given: token ids (L,) int64, and their dense positions, packed, (3, L) int64. Raises
@@ -209,25 +201,20 @@ class EPVLM:
         """Raises ValueError, with what then fits, if `kept` of the `dense` tokens of T moments and `text` tokens exceed
         the model's context or, roughly, the free memory."""
         llm, vision, limit = self.llm.config, self.vit.config, self.llm.config.max_position_embeddings
-        numbers = 2 * llm.num_hidden_layers * llm.num_key_value_heads * llm.head_dim  # held of a token, or read at once
-        numbers += 4 * llm.hidden_size + 3 * llm.intermediate_size + 48 * vision.embed_dim
-        token, pixels = (
-            numbers * self.weight.element_size(),
-            24 * vision.group_size**2 / T,
-        )  # bytes; of a moment's pixels
+        held = 2 * llm.num_hidden_layers * llm.num_key_value_heads * llm.head_dim  # numbers of a token, in the cache
+        at_once = 4 * llm.hidden_size + 3 * llm.intermediate_size + 48 * vision.embed_dim  # and in a layer
+        token, pixels = (held + at_once) * self.weight.element_size(), 24 * vision.group_size**2 / T  # bytes
         free = weights.free_memory(self.weight.device)
         room = int(min(limit, (free - dense * pixels) // token)) - text - 1  # tokens of the image
-        if kept > room:
-            over = f"the model's {limit}" if kept + text >= limit else f"{free / 2**30:.3g} GiB of free memory"
-            smaller = int(min(limit, free // (token + pixels))) - text - 128  # leaves space for a usual answer
-            hundredths = math.ceil(100 * (1 - (room - 127) / dense))
-            remedies = [f"give max_pixels {smaller * vision.group_size**2 // T} or less"] * (smaller > T)
-            remedies += [f"frames {smaller * T // dense * 2} or fewer"] * (T > 1 and smaller * T >= dense)
-            remedies += [f"sparsity 0.{hundredths:02} or more, with events or the rule cover"] * (hundredths < 100)
-            remedies = ", or ".join([*remedies, "shorten the question or the system turn"])
-            raise ValueError(
-                f"{kept} tokens of the {'image' if T == 1 else 'clip'} and {text} of text exceed {over}; {remedies}"
-            )
+        over = f"the model's {limit}" if kept + text >= limit else f"{free / 2**30:.3g} GiB of free memory"
+        smaller = int(min(limit, free // (token + pixels))) - text - 128  # leaves space for a usual answer
+        hundredths = math.ceil(100 * (1 - (room - 127) / dense))
+        remedies = [f"give max_pixels {smaller * vision.group_size**2 // T} or less"] * (smaller > T)
+        remedies += [f"frames {smaller * T // dense * 2} or fewer"] * (T > 1 and smaller * T >= dense)
+        remedies += [f"sparsity 0.{hundredths:02} or more, with events or the rule cover"] * (hundredths < 100)
+        remedies = ", or ".join([*remedies, "shorten the question or the system turn"])
+        kind = "image" if T == 1 else "clip"
+        need(kept <= room, f"{kept} tokens of the {kind} and {text} of text exceed {over}; {remedies}")
 
     def embed(self, view: View, ids: Tensor) -> Tensor:
         """concat(H_v, H_q) of Eq. 4, with H_v in the places of the image's tokens: (1, L, hidden_size)."""
@@ -287,12 +274,9 @@ class EPVLM:
 
     def flops(self, view: View, question: str) -> tuple[int, int]:
         """FLOPs up to the first token, attention included: (kept, dense), of this view and with nothing dropped."""
-        text = len(self.prompt(view, question)[0]) - view.tokens
-        sizes = (view.keep, view.tokens), (torch.ones_like(view.keep), view.groups.numel())
-        return tuple(
-            sum(self.vit.flops(keep.sum(dim=(1, 2)).tolist(), tokens) + self.llm.flops(text + tokens))
-            for keep, tokens in sizes
-        )
+        text, (T, h, w) = len(self.prompt(view, question)[0]) - view.tokens, view.keep.shape
+        cases = (view.keep.sum(dim=(1, 2)).tolist(), view.tokens), ([h * w] * T, view.groups.numel())
+        return tuple(sum(self.vit.flops(n_t, tokens) + self.llm.flops(text + tokens)) for n_t, tokens in cases)
 
 
 # The command line
@@ -418,9 +402,8 @@ def read_list(path: Path) -> tuple[list[Path], np.ndarray, str]:
     found = [next(filter(Path.is_file, pair), None) for pair in places]
     there = np.array([frame is not None for frame in found])
     need(there.any(), f"{path}: none of its {len(found)} frames is there; give their names relative to the list")
-    if not there.all():
-        lost = f"{len(found) - there.sum()} of {len(found)} frames are missing, and left out"
-        warnings.warn(f"{path}: {lost}", stacklevel=2)
+    if missing := len(found) - there.sum():
+        warnings.warn(f"{path}: {missing} of {len(found)} frames are missing, and left out", stacklevel=2)
     return [frame for frame in found if frame], times[there], unit
 
 
@@ -430,10 +413,9 @@ def animation(path: Path) -> tuple[list, np.ndarray | None]:
     with contextlib.suppress(Exception):  # `read_image` says what is wrong
         need(path.is_file(), "a pipe would be waited for")
         with Image.open(path) as file:
-            for n in range(getattr(file, "n_frames", 1)):
-                file.seek(n)
-                file.load()
-                shown.append(file.info.get("duration"))
+            for page in ImageSequence.Iterator(file):
+                page.load()
+                shown.append(page.info.get("duration"))
     if len(shown) < 2 or None in shown:  # the pages of a document have no times
         return [], None
     times, opened = 1000.0 * np.cumsum([0, *shown[:-1]]) if min(shown) > 0 else None, []
@@ -530,14 +512,13 @@ def lines() -> Iterator[str]:
 def show(model: EPVLM, view: View, question: str, sampling: Sampling, start: float) -> tuple[float, float]:
     """Prints an answer as it comes; on stderr, when its first token came and where it was cut. Returns the seconds from
     `start` to its first token and to its last."""
-    shown: list[int] = []
-    ends: list[float] = []
+    shown, seconds = [], []  # token ids; the time from `start` to each
 
     def tokens() -> Iterator[int]:
         for token in model.tokens(view, question, sampling):
-            ends.append(time.perf_counter() - start)
+            seconds.append(time.perf_counter() - start)
             if not shown:
-                print(f"first token after {ends[0]:.2f} s", file=sys.stderr, flush=True)
+                print(f"first token after {seconds[0]:.2f} s", file=sys.stderr, flush=True)
             shown.append(token)
             yield token
 
@@ -548,7 +529,7 @@ def show(model: EPVLM, view: View, question: str, sampling: Sampling, start: flo
         print(end="\n" if shown else "", flush=True)
     if shown[-1] not in model.ends:
         print(f"stopped after {len(shown)} token{'s' * (len(shown) > 1)}", file=sys.stderr, flush=True)
-    return ends[0], ends[-1]
+    return seconds[0], seconds[-1]
 
 
 def show_progress(model: EPVLM) -> None:

@@ -11,10 +11,8 @@ Glossary
     tau              fraction kept, as in Eq. 6; `sparsity` = 1 - tau is the fraction dropped, as in Table 1
     M                (T, cells_h, cells_w) bool, Eq. 6's M_v^E: True keeps, False drops
 
-What differs from the paper: events are counted whatever their polarity unless asked otherwise (signed sums cancel where
-a pixel flickers), and ties at the quantile are broken so that the budget is met. Most cells of a real map hold no event
-at all; the quantile is then 0, and Eq. 6 as printed keeps every cell. The rule `cover` and the mending of hot pixels,
-which come last, are ours.
+What differs from the paper: ties at the quantile are broken so that the budget is met. Most cells of a real map hold no
+event; the quantile is then 0, and Eq. 6 as printed keeps every cell. What is ours comes last.
 """
 
 import math
@@ -77,21 +75,17 @@ class Events:
         has no events between the edges. One of many moments may have none."""
         if edges is None:
             return [self]
-        told = "no event from {:.16g} to {:.16g} us, it goes from {:.16g} to {:.16g} us".format(
-            *edges[[0, -1]], *self.span
-        )
-        meet = not len(self) or (edges[0] <= self.span[1] and self.span[0] <= edges[-1])
+        (start, end), (first, last) = edges[[0, -1]], self.span
+        told = f"no event from {start:.16g} to {end:.16g} us, it goes from {first:.16g} to {last:.16g} us"
+        meet = not len(self) or (start <= last and first <= end)
         need(meet, f"{self.name}: {told}; change window or time_unit, or give the frames' times on the events' clock")
         order = slice(None) if (self.t[1:] >= self.t[:-1]).all() else np.argsort(self.t, kind="stable")
         x, y, t, p = (column[order] for column in (self.x, self.y, self.t, self.p))
         cuts = [*np.searchsorted(t, edges[:-1]), np.searchsorted(t, edges[-1], side="right")]
         if cuts[0] == cuts[-1] and len(self):
             warnings.warn(f"{self.name}: {told}; they cannot say which cells matter", stacklevel=3)
-        common = min(self.span[1], edges[-1]) - max(self.span[0], edges[0])
-        if len(edges) > 2 and 0 <= 10 * common < np.ptp(edges) and cuts[0] < cuts[-1]:
-            spans = "it goes from {:.16g} to {:.16g} us, the clip from {:.16g} to {:.16g} us".format(
-                *self.span, *edges[[0, -1]]
-            )
+        elif len(edges) > 2 and len(self) and 10 * (min(last, end) - max(first, start)) < end - start:
+            spans = f"it goes from {first:.16g} to {last:.16g} us, the clip from {start:.16g} to {end:.16g} us"
             warnings.warn(f"{self.name}: {spans}; are they on one clock, in one unit?", stacklevel=3)
         spans = zip(pairwise(cuts), pairwise(edges.tolist()), strict=True)
         return [replace(self, x=x[a:b], y=y[a:b], t=t[a:b], p=p[a:b], window=window) for (a, b), window in spans]
@@ -286,15 +280,12 @@ def resize(E_v: np.ndarray, height: int, width: int) -> np.ndarray:
     what it covers, so that none is skipped when shrinking. The unit is 1 / (height * width) of an event: counts stay
     whole numbers, cells with equal counts stay equal and empty ones zero. Example, one row: [3, 1] to 3 pixels gives
     [6, 4, 2], the sum times 3."""
-    return _resize_rows(_resize_rows(E_v.astype(np.float64), height).T, width).T
-
-
-def _resize_rows(rows: np.ndarray, target: int) -> np.ndarray:
-    """Cuts the axis at every edge of both grids; each piece lies in one old row and in one new one."""
-    source = len(rows)
-    edges = np.union1d(np.arange(source + 1) * target, np.arange(target + 1) * source)
-    pieces = rows[edges[:-1] // target] * np.diff(edges)[:, None]
-    return np.add.reduceat(pieces, np.searchsorted(edges, np.arange(target) * source), axis=0)
+    rows = E_v.astype(np.float64)
+    for old, new in zip(E_v.shape, (height, width), strict=True):  # cut at every edge of both grids: each piece lies in
+        edges = np.union1d(np.arange(old + 1) * new, np.arange(new + 1) * old)  # one old row and one new row
+        pieces = rows[edges[:-1] // new] * np.diff(edges)[:, None]
+        rows = np.add.reduceat(pieces, np.searchsorted(edges, np.arange(new) * old), axis=0).T
+    return rows
 
 
 def motion(E_v: np.ndarray, side: int) -> np.ndarray:

@@ -138,11 +138,15 @@ class Clip:
         return cls(frames, np.arange(len(frames)) * 1e6 / fps, clock=f" at {fps:g} a second")
 
     def __str__(self) -> str:
-        return "" if self.times is None else f", {len(self.frames)} frames{self.clock}"
+        return "" if self.still else f", {len(self.frames)} frames{self.clock}"
 
     @property
     def size(self) -> tuple[int, int]:
         return self.first.size  # (width, height), pixels
+
+    @property
+    def still(self) -> bool:
+        return self.times is None
 
     @property
     def moments(self) -> int:
@@ -169,7 +173,7 @@ class Clip:
     def within(self, window: tuple[float, float] | None) -> "Clip":
         """The frames from start to end, both included, in microseconds. Raises ValueError if there are none."""
         window = self.window if window is None else window
-        if self.times is None or window is None:
+        if self.still or window is None:
             return replace(self, window=window)
         first, last = self.times.searchsorted(window[0]), self.times.searchsorted(window[1], side="right")
         if first >= last:
@@ -196,7 +200,7 @@ class Clip:
     def pixels(self, moment: int, height: int, width: int) -> Tensor:
         """X_v of a moment, (2, H, W, 3) uint8. Resampling is part of the model: Pillow's bicubic filter for a still
         image, torch's for a clip, as in transformers. They differ by at most 2 levels of 255; others do by up to 23."""
-        if self.times is None:
+        if self.still:
             image = np.array(self.frame(0).resize((width, height), Image.Resampling.BICUBIC))
             return torch.from_numpy(image).expand(2, -1, -1, -1)
         both = [np.asarray(self.frame(min(n, len(self.frames) - 1))) for n in (2 * moment, 2 * moment + 1)]
@@ -214,7 +218,7 @@ def packed_patches(clip: Clip, keep: Tensor, config: VisionConfig, image_config:
     """X~_v: the kept patches, normalised; a moment without any is never read. keep (T, grid_h, grid_w) bool also sets
     the input size, grid * 14 pixels. Returns (N', 3 * 2 * p * p) float32."""
     height, width = (side * config.patch_size for side in keep.shape[1:])
-    unit = 255 if clip.times is None else 1  # transformers normalises clips in levels, which differs in the last bit
+    unit = 255 if clip.still else 1  # transformers normalises clips in levels, which differs in the last bit
     mean, std = 255 / unit * torch.tensor((image_config.image_mean, image_config.image_std)).view(2, 3, 1, 1, 1)
     packed = []
     for moment in keep.flatten(1).any(dim=1).nonzero().flatten().tolist():

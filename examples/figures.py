@@ -56,7 +56,7 @@ def picture(model: EPVLM, image, events, options: Options) -> Image.Image:
             draw_events(middle, *(resize(each, H, W) for each in E_v[moment]))
         columns.append((seen, middle, darken(seen, view.keep[moment].numpy())))
     legend = "events" if events is None else "events, red on, blue off"
-    if clip.times is None:
+    if clip.still:
         return grid(columns, f"{view}\nleft: the image; middle: {legend}; right: dropped patches darkened")
     return grid(
         list(zip(*columns, strict=True)), f"{view}\ntop: the frames; middle: {legend}; below: dropped patches darkened"
