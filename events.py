@@ -382,9 +382,10 @@ def _sums(u: np.ndarray, k: list[np.ndarray], to: tuple[slice, ...], of: tuple[s
 def event_maps(moments: list[Events] | list[EventMap], polarity: str, hot_pixels: str) -> Iterator[np.ndarray]:
     """E_v of each moment, (height, width); with hot_pixels "mend", mended by the counts of all moments together. Else
     warns where 20 pixels hold over a quarter of 1,000 events or more: in whole real recordings it is 0.1 to 11 %."""
-    single = len(moments) == 1 and polarity == "count"  # then nothing is counted twice
-    maps = [moments[0].accumulate()] if single else (each.accumulate(polarity) for each in moments)
-    count = sum(np.abs(E_v, dtype=np.float64) for E_v in (maps if single else (each.accumulate() for each in moments)))
+    maps = (each.accumulate(polarity) for each in moments)
+    held = polarity == "count" and len(moments) <= 16  # few are held, and not counted twice
+    maps = list(maps) if held else maps
+    count = sum(np.abs(E_v, dtype=np.float64) for E_v in (maps if held else (each.accumulate() for each in moments)))
     if hot_pixels == "mend":
         return (mend(E_v, count) for E_v in maps)
     if count.sum() >= 1000 and 4 * np.partition(count, -min(20, count.size), axis=None)[-20:].sum() > count.sum():

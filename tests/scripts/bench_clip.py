@@ -1,4 +1,4 @@
-"""How fast is a clip? Eight frames of 448 x 448 and ten million events: choosing, and the first token.
+"""How fast is a clip? Eight frames of 448 x 448 and a million events: choosing, and the first token.
 
     python tests/scripts/bench_clip.py /tmp/random-2B
 
@@ -20,16 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from epvlm import EPVLM, Clip, Options, Sampling
 from events import Events
 
-SIDE, FRAMES, EVENTS, QUESTION = 448, 8, 10_000_000, "What is moving?"
+SIDE, FRAMES, QUESTION = 448, 8, "What is moving?"
 WAYS = {"dense": None, "0.5": Options(0.5), "0.8": Options(0.8), "0.5, cover": Options(0.5, rule="cover")}
 
 
-def inputs() -> tuple[Clip, Events]:
+def inputs(events: int) -> tuple[Clip, Events]:
     """Frames of noise, and events that are as likely everywhere."""
     rng = np.random.default_rng(0)
     frames = [Image.fromarray(rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)) for _ in range(FRAMES)]
-    x, y = rng.integers(0, SIDE, (2, EVENTS), dtype=np.uint16)
-    t, p = np.sort(rng.integers(0, FRAMES * 40_000, EVENTS)), rng.integers(0, 2, EVENTS, dtype=np.uint8)
+    x, y = rng.integers(0, SIDE, (2, events), dtype=np.uint16)
+    t, p = np.sort(rng.integers(0, FRAMES * 40_000, events)), rng.integers(0, 2, events, dtype=np.uint8)
     return Clip.at_rate(frames, 25), Events(x, y, t, p)
 
 
@@ -37,8 +37,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", help="a checkpoint in the shapes of Qwen2-VL-2B")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--events", type=int, default=1_000_000)
     args = parser.parse_args()
-    model, (clip, events) = EPVLM.from_pretrained(args.model), inputs()
+    model, (clip, events) = EPVLM.from_pretrained(args.model), inputs(args.events)
     took = {name: [] for name in WAYS}
     for _ in range(args.rounds):
         for name, options in WAYS.items():
