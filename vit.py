@@ -203,8 +203,8 @@ class Clip:
         if self.still:
             image = np.array(self.frame(0).resize((width, height), Image.Resampling.BICUBIC))
             return torch.from_numpy(image).expand(2, -1, -1, -1)
-        both = [np.asarray(self.frame(min(n, len(self.frames) - 1))) for n in (2 * moment, 2 * moment + 1)]
-        both = torch.from_numpy(np.stack(both)).permute(0, 3, 1, 2)
+        frames = [np.asarray(self.frame(n)) for n in range(2 * moment, min(2 * moment + 2, len(self.frames)))]
+        both = torch.from_numpy(np.stack([*frames, frames[-1]][:2])).permute(0, 3, 1, 2)
         return F.interpolate(both, (height, width), mode="bicubic", antialias=True).permute(0, 2, 3, 1)
 
 
