@@ -399,7 +399,7 @@ def read_list(path: Path) -> tuple[list[Path], np.ndarray, str]:
     times, unit = in_microseconds(words[:, :1], path)
     names = [Path(name.strip().replace("\\", "/")) for name in words[:, 1]]
     places = [(path.parent / name, path.parent / name.name) for name in names]
-    found = [next(filter(Path.is_file, pair), None) for pair in places]
+    found = [next(filter(os.path.isfile, pair), None) for pair in places]
     there = np.array([frame is not None for frame in found])
     need(there.any(), f"{path}: none of its {len(found)} frames is there; give their names relative to the list")
     if missing := len(found) - there.sum():

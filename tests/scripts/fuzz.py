@@ -10,6 +10,7 @@ tried, how they ended, and the largest memory and time seen. Exit status 1 if an
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import io
 import json
@@ -35,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import tiny
 import weights
-from epvlm import EPVLM, Sampling, exit_status
+from epvlm import EPVLM, Options, Sampling, exit_status, read_clip
 from llm import prompt_ids
 
 SECONDS, SPARE = 10, 64 * 2**20
@@ -148,6 +149,35 @@ def png(width: int, height: int, body: bytes) -> bytes:
 
     head = struct.pack(">IIBBBBB", width % 2**31, height % 2**31, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
+
+
+# Clips
+
+
+def clip(rng, bench: Bench) -> dict:
+    """A list, a folder or an animated file of four frames, with something wrong in it or in its times."""
+    folder, flags = bench.fresh(), {}
+    for n in range(4):
+        bench.image.save(folder / f"{n}.png")
+    words = ["0", "1", "0.04", "-1", "1e300", "nan", "inf", "x", "", "0x10", "1_0", "1.5.2", "٣", "9" * 400, "#", ","]
+    times = [words[n] for n in rng.integers(0, len(words), 4)] if rng.random() < 0.5 else ["0", "0.04", "0.08", "0.12"]
+    path = folder / ("list.txt" if (kind := rng.integers(0, 4)) < 2 else "a.webp" if kind == 2 else ".")
+    if kind < 2:
+        names = ["0.png", "nowhere.png", "..", "", "a b.png", "0.png\0", "list.txt", "/dev/null"]
+        lines = [f"{time} {n}.png" if rng.random() < 0.8 else f"{time} {names[rng.integers(len(names))]}"
+                 for n, time in enumerate(times)]  # fmt: skip
+        text = str(rng.choice(["\n", "\r\n", "\n\n"])).join(lines).encode()
+        path.write_bytes(text if kind else mutate(rng, text))
+    elif kind == 2:
+        file = io.BytesIO()
+        more = [bench.image] * 3
+        bench.image.save(file, "WEBP", save_all=True, append_images=more, duration=int(rng.integers(0, 50)))
+        path.write_bytes(mutate(rng, file.getvalue()))
+    else:
+        (folder / "1.png").write_bytes(mutate(rng, (folder / "1.png").read_bytes()))
+        (folder / "times").write_text("\n".join(times))
+        flags = {"times": str(folder / "times")} if rng.random() < 0.5 else {"fps": float(rng.choice([0, 25, -1, 1e9]))}
+    return {"folder": folder, "clip": path, **flags}
 
 
 # Events
@@ -304,7 +334,7 @@ def json_value(rng, path: Path) -> None:
         if rng.random() < 0.2:
             place.pop(key, None)
         else:
-            place[key] = NASTY[rng.integers(len(NASTY))]
+            place[key] = copy.deepcopy(NASTY[rng.integers(len(NASTY))])  # which the next one may change
     rewrite(path, json.dumps(content).encode())
 
 
@@ -383,14 +413,17 @@ def question(rng, bench: Bench) -> dict:
     return {"question": text[:100_000]}
 
 
-READERS = {"images": image_file, "events": events_file, "checkpoints": checkpoint, "tokenizers": tokenizer,
-           "questions": question}  # fmt: skip
+READERS = {"images": image_file, "clips": clip, "events": events_file, "checkpoints": checkpoint,
+           "tokenizers": tokenizer, "questions": question}  # fmt: skip
 
 
 def use(bench: Bench, case: dict) -> None:
     """What the program would do with it."""
     if "model" in case:
         bench.answer(model=EPVLM.from_pretrained(case["model"], device="cpu"))
+    elif "clip" in case:
+        found = read_clip(case["clip"], case.get("times"), case.get("fps"))
+        bench.model.look(case["clip"] if found is None else found, None, Options(0.5, rule="cover", max_pixels=10**4))
     elif "tokenizer" in case:
         found = weights.read_tokenizer(case["tokenizer"], 400)
         EPVLM(dataclasses.replace(bench.model.checkpoint, tokenizer=found))
@@ -451,7 +484,8 @@ def claimed(case: dict) -> int:
     many; of its characters, each perhaps a token."""
     try:
         with warnings.catch_warnings(action="ignore"):
-            width, height = Image.open(case["image"]).size if "image" in case else (0, 0)
+            image = case.get("image", case.get("clip"))
+            width, height = Image.open(image).size if image else (0, 0)
         return 4 * width * height + TOKEN * len(case.get("question", ""))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return 0
@@ -459,7 +493,9 @@ def claimed(case: dict) -> int:
 
 def named(told: str) -> bool:
     """Whether a line names what is wrong in another way than by the file's path."""
-    return any(word in told for word in ("question", "max_pixels", "sensor", "scores in", "the image", "crop it"))
+    return any(
+        word in told for word in ("question", "max_pixels", "sensor", "scores in", "the image", "crop it", "fps")
+    )
 
 
 def fuzz(cases: int, seed: int, only: int | None = None) -> Counter:
