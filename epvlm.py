@@ -413,7 +413,7 @@ def animation(path: Path) -> tuple[list, np.ndarray | None]:
     with contextlib.suppress(Exception):  # `read_image` says what is wrong
         need(path.is_file(), "a pipe would be waited for")
         with Image.open(path) as file:
-            for page in ImageSequence.Iterator(file):
+            for page in ImageSequence.Iterator(file) if getattr(file, "n_frames", 1) > 1 else ():
                 page.load()
                 shown.append(page.info.get("duration"))
     if len(shown) < 2 or None in shown:  # the pages of a document have no times
