@@ -148,7 +148,7 @@ class EPVLM:
         """Chooses the patches of an image or a clip by its events; no layer of the model runs. events: a path, an
         array, or what `events.read_events` made of one; None drops nothing, except by the rule "cover", which then sees
         the image alone. Raises ValueError that names the value and the remedy. Warns of what is likely a mistake."""
-        clip = (image if isinstance(image, Clip) else Clip([read_image(image)])).within(options.window)
+        clip = Clip.of(image).within(options.window)
         T, (H, W), config = clip.moments, self.input_size(clip, options), self.vit.config
         patch, merge, group = config.patch_size, config.spatial_merge_size, config.group_size  # pixels, patches, pixels
         tau = 1.0 if events is None and options.rule != "cover" else 1 - options.sparsity  # fraction kept, as in Eq. 6
@@ -348,8 +348,13 @@ def read_input(args: argparse.Namespace) -> Image.Image | Clip:
     clip = clip.within(args.window)
     count = max(4, round(np.ptp(clip.times) / 500_000)) if args.frames is None else args.frames
     need(count >= 1, f"frames {count}: give 1 or more")
-    chosen = np.linspace(0, len(clip.frames) - 1, min(count, len(clip.frames))).round().astype(int)
-    return replace(clip, frames=[clip.frames[n] for n in chosen], times=clip.times[chosen])
+    numbers = evenly(len(clip.frames), count)
+    return replace(clip, frames=[clip.frames[n] for n in numbers], times=clip.times[numbers])
+
+
+def evenly(total: int, count: int) -> np.ndarray:
+    """So many of the numbers from 0 to total - 1, or all of them, both ends included: 5 and 3 give 0, 2 and 4."""
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int)
 
 
 def read_clip(path: Path, times: str | None = None, fps: float | None = None) -> Clip | None:

@@ -387,21 +387,26 @@ def event_maps(moments: list[Events] | list[EventMap], polarity: str, hot_pixels
     maps = list(maps) if held else maps
     count = sum(np.abs(E_v, dtype=np.float64) for E_v in (maps if held else (each.accumulate() for each in moments)))
     if hot_pixels == "mend":
-        return (mend(E_v, count) for E_v in maps)
+        hot = is_hot(count)
+        return (mend(E_v, hot) for E_v in maps)
     if count.sum() >= 1000 and 4 * np.partition(count, -min(20, count.size), axis=None)[-20:].sum() > count.sum():
         told = "20 pixels hold over a quarter of the events; if they are hot, give hot_pixels mend"
         warnings.warn(f"{moments[0].name}: {told}", stacklevel=3)
     return iter(maps)
 
 
-def mend(E_v: np.ndarray, count: np.ndarray | None = None) -> np.ndarray:
-    """E_v (height, width), float64, with each hot pixel lowered to the largest of its eight neighbours, which may be
-    hot, too. Hot is a count (None: of E_v itself) over 10 times the median of those that are not zero."""
+def is_hot(count: np.ndarray) -> np.ndarray:
+    """Where a count is over 10 times the median of those that are not zero."""
+    return count > 10 * np.median(count[count > 0]) if count.any() else np.zeros(count.shape, dtype=bool)
+
+
+def mend(E_v: np.ndarray, hot: np.ndarray | None = None) -> np.ndarray:
+    """E_v (height, width), float64, with each hot pixel (None: by E_v itself) lowered to the largest of its eight
+    neighbours, which may be hot, too."""
     E_v = E_v.astype(np.float64)
-    count, padded = np.abs(E_v) if count is None else count, np.pad(np.abs(E_v), 1)
+    hot, padded = is_hot(np.abs(E_v)) if hot is None else hot, np.pad(np.abs(E_v), 1)
     places = [(row, column) for row in range(3) for column in range(3) if (row, column) != (1, 1)]
     around = np.max([padded[r : r + E_v.shape[0], c : c + E_v.shape[1]] for r, c in places], axis=0)
-    hot = count > 10 * np.median(count[count > 0]) if count.any() else False
     return np.where(hot, np.sign(E_v) * np.minimum(np.abs(E_v), around), E_v)
 
 

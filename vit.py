@@ -131,6 +131,11 @@ class Clip:
                 raise ValueError(f"{count} frames, {times.size} times; give as many, and rising times")
 
     @classmethod
+    def of(cls, image) -> "Clip":
+        """A clip as it is; an image, which is read at once, as a still one."""
+        return image if isinstance(image, cls) else cls([read_image(image)])
+
+    @classmethod
     def at_rate(cls, frames: Sequence[str | Path | Image.Image], fps: float) -> "Clip":
         """Frames at `fps` a second, the first at 0."""
         if not 1e-3 <= fps <= 1e6:
@@ -183,11 +188,13 @@ class Clip:
 
     def frame(self, number: int) -> Image.Image:
         """As `read_image` gives it. Raises ValueError for another size, or other bits, than the first frame's."""
+        if number == 0:
+            return self.first
         source = self.frames[number]
-        with warnings.catch_warnings(action="ignore" if number else None):  # the first frame has given them
+        with warnings.catch_warnings(action="ignore"):  # the first frame has given them
             image = read_image(source() if callable(source) else source)
-        now, first = "{} x {} pixels of {} bits", image if number == 0 else self.first
-        now, first = (now.format(*each.size, each.info.get("bits", 8)) for each in (image, first))
+        told = "{} x {} pixels of {} bits"
+        now, first = (told.format(*each.size, each.info.get("bits", 8)) for each in (image, self.first))
         if now != first:
             name = source if isinstance(source, str | Path) else f"frame {number + 1}"
             raise ValueError(f"{name}: {now}, the first has {first}; give frames of one size, scaled alike")
@@ -195,7 +202,7 @@ class Clip:
 
     @cached_property
     def first(self) -> Image.Image:
-        return self.frame(0)
+        return read_image(self.frames[0]() if callable(self.frames[0]) else self.frames[0])
 
     def pixels(self, moment: int, height: int, width: int) -> Tensor:
         """X_v of a moment, (2, H, W, 3) uint8. Resampling is part of the model: Pillow's bicubic filter for a still

@@ -26,9 +26,22 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from common import Parser, add_model, check_output, exit_status, load, warnings_as_lines, write_whole
-from epvlm import EPVLM, Options, Sampling, View, add_flags, add_input, announce, chosen, read_input, scale, show
+from epvlm import (
+    EPVLM,
+    Options,
+    Sampling,
+    View,
+    add_flags,
+    add_input,
+    announce,
+    chosen,
+    evenly,
+    read_input,
+    scale,
+    show,
+)
 from events import event_maps, read_events, resize
-from vit import Clip, read_image
+from vit import Clip
 
 ON, OFF, DROPPED = "#ff2010", "#1060ff", "#103028"  # colours of a picture; both polarities at once are purple
 
@@ -40,7 +53,7 @@ def picture(model: EPVLM, image, events, options: Options) -> Image.Image:
     """The image as the model gets it; the events over it, on in red and off in blue; the image with what is dropped
     darkened. Below, the counts. Of a clip, the first frame of each moment, or of eight moments that are evenly chosen,
     from left to right. image, events, options: as in `EPVLM.look`, which raises and warns."""
-    clip = (image if isinstance(image, Clip) else Clip([read_image(image)])).within(options.window)
+    clip = Clip.of(image).within(options.window)
     events = None if events is None else read_events(events, options.order, options.time_unit)
     view = model.look(clip, events, options)
     H, W = (model.vit.config.patch_size * side for side in view.keep.shape[1:])  # pixels
@@ -49,7 +62,7 @@ def picture(model: EPVLM, image, events, options: Options) -> Image.Image:
             moments = events.align(clip.size, options.sensor).cut(clip.edges)
             E_v = list(zip(*(event_maps(moments, p, options.hot_pixels) for p in ("count", "signed")), strict=True))
     columns = []
-    for moment in np.linspace(0, clip.moments - 1, min(clip.moments, 8)).round().astype(int):
+    for moment in evenly(clip.moments, 8):
         seen = Image.fromarray(clip.pixels(moment, H, W)[0].numpy())
         middle = seen.convert("L").convert("RGB")
         if events is not None:
