@@ -35,7 +35,7 @@ from tokenizers.decoders import DecodeStream
 from torch import Tensor
 
 import weights
-from events import MICROSECONDS, RULES, budget, event_maps, motion, need, novelty, read_events, resize, worth
+from events import MICROSECONDS, RULES, budget, event_maps, motion, need, novelty, read_events, resize, summary, worth
 from llm import SYSTEM, KVCache, generate, mrope_positions, prompt_ids, sampler
 from vit import Clip, packed_patches, read_image, smart_resize
 
@@ -58,6 +58,34 @@ def size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def microseconds(text: str) -> float:
+    """A time, in microseconds or with a unit: "0.01s" is 10000."""
+    try:
+        number, unit = re.fullmatch(r"(.+?)(s|ms|us|ns)?", text).groups()
+        return round(float(number) * MICROSECONDS[unit or "us"], 3)
+    except (AttributeError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time, such as 12000, 12ms or 0.012s") from None
+
+
+def read_homography(source) -> tuple[tuple[float, ...], ...]:
+    """3 x 3 numbers from an array or a file, .npy or rows of text; an affine matrix, 2 x 3, gets the row 0 0 1."""
+    source = str(source) if isinstance(source, Path) else source
+    name = f"homography {source}" if isinstance(source, str) else "homography"
+    try:
+        if isinstance(source, str) and not source.endswith(".npy"):
+            source = np.loadtxt(Path(source).read_text().replace(",", " ").splitlines())
+        elif isinstance(source, str):
+            source = np.load(source, allow_pickle=False)
+        H = np.array(source, dtype=np.float64)
+        H = np.vstack([H, [0, 0, 1]]) if H.shape == (2, 3) else H
+        need(H.shape == (3, 3), f"its shape is {H.shape}")
+        need(np.isfinite(H).all() and np.linalg.matrix_rank(H) == 3, "it has no inverse")
+    except (OSError, ValueError, EOFError, TypeError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError(f"{name}: {reason}; give three rows of three finite numbers") from None
+    return tuple(map(tuple, H.tolist()))
+
+
 @dataclass(frozen=True)
 class Options:
     """How `look` chooses patches. Raises ValueError that names what is out of range."""
@@ -68,8 +96,9 @@ class Options:
     hot_pixels: str = flag("keep", "pixels that fire without a cause; mend lowers them", choices=("keep", "mend"))
     polarity: str = flag("count", "every event counts, or on and off cancel", choices=("count", "signed"))
     sensor: tuple[int, int] | None = flag(None, "event camera's (default: the image's)", type=size, metavar="WxH")
+    homography: tuple | None = flag(None, "3 x 3, from the event camera's pixels to the image's", metavar="FILE")
     window: tuple[float, float] | None = flag(
-        None, "microseconds, both included (default: all)", type=float, nargs=2, metavar=("START", "END")
+        None, "in us, or with a unit (default: all)", type=microseconds, nargs=2, metavar=("START", "END")
     )
     order: str | None = flag(None, "columns of a bare N x 4 array (default: found)", choices=ORDERS, metavar="txyp")
     time_unit: str | None = flag(None, "unit of the file's times (default: us)", choices=tuple(MICROSECONDS))
@@ -83,6 +112,8 @@ class Options:
             if choices and value not in (*choices, each.default):
                 raise ValueError(f"{each.name} {value!r}: give one of {', '.join(choices)}")
         need(0 <= self.sparsity < 1, f"sparsity {self.sparsity} must be in [0, 1), the fraction dropped")
+        if self.homography is not None:
+            object.__setattr__(self, "homography", read_homography(self.homography))
         if self.window is not None and not -math.inf < self.window[0] <= self.window[1] < math.inf:
             raise ValueError("window {:g} {:g}: give a start and a later end, in microseconds".format(*self.window))
 
@@ -158,12 +189,11 @@ class EPVLM:
         side = group if options.cell == "group" else patch  # of a cell, in pixels
         S, M, source = None, np.ones((T, H // side, W // side), dtype=bool), "no events"
         if events is not None:
-            events = read_events(events, options.order, options.time_unit).align(clip.size, options.sensor)
-            moments = events.cut(clip.edges)
-            source = (
-                str(moments[0]) if T == 1 else f"{sum(map(len, moments))} events in {np.ptp(clip.edges) / 1000:.1f} ms"
-            )
-            E_v = (resize(each, H, W)[None] for each in event_maps(moments, options.polarity, options.hot_pixels))
+            events = read_events(events, options.order, options.time_unit)
+            moments = events.align(clip.size, options.sensor, options.homography is not None).cut(clip.edges)
+            maps, outside = event_maps(moments, options.polarity, options.hot_pixels, options.homography, clip.size)
+            source = summary(moments, outside)
+            E_v = (resize(each, H, W)[None] for each in maps)
             S = np.concatenate([motion(E_t, side) for E_t in E_v]) / clip.seconds  # Eq. 5: (T, cells_h, cells_w)
         if tau < 1 and options.rule == "cover":  # ours, in the place of Eq. 6
             frames = (clip.pixels(t, H, W)[0].clone().numpy() for t in range(T))  # the first of each moment
@@ -295,6 +325,9 @@ def add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", help="image file; or a clip: a folder, a list of `time name`, an animated file")
     parser.add_argument("--times", metavar="FILE", help="a folder's times, one a line, or start and end of exposure")
     parser.add_argument("--fps", type=float, help="frames a second, in the place of times")
+    parser.add_argument(
+        "--frame", metavar="FILE:N", help="the window is the time from frame N - 1 of a list to frame N"
+    )
     parser.add_argument("--frames", type=int, help="how many to take of a clip (default: two a second, at least 4)")
 
 
@@ -340,7 +373,11 @@ def warnings_as_lines(program: str) -> Iterator[None]:
 
 
 def read_input(args: argparse.Namespace) -> Image.Image | Clip:
-    """What the flags of `add_input` name: an image, or a clip of some frames, evenly chosen with both ends."""
+    """What the flags of `add_input` name: an image, or a clip of some frames, evenly chosen with both ends. Turns the
+    flag frame into the window of Options."""
+    if args.frame is not None:
+        need(args.window is None, "window and frame: give one of them")
+        args.window = between(args.frame)
     clip = read_clip(Path(args.image), args.times, args.fps)
     if clip is None:
         need(args.frames is None, f"{args.image}: a still image; leave frames out")
@@ -379,12 +416,21 @@ def read_clip(path: Path, times: str | None = None, fps: float | None = None) ->
     if fps is not None:
         return Clip.at_rate(frames, fps)
     if times is not None:
-        clock, unit = in_microseconds(read_words(times), times)
+        clock, unit = read_times(times)
     need(clock is not None, f"{path}: its frames have no times; give --times FILE, or --fps")
     try:
         return Clip(frames, clock, clock=unit)
     except ValueError as error:
         raise ValueError(f"{times or path}: {error}") from None
+
+
+def between(frame: str) -> tuple[float, float]:
+    """The times of frames N - 1 and N of a list or a file of times, FILE:N, counted from 0. Raises ValueError."""
+    path, _, number = frame.rpartition(":")
+    need(path != "" and number.isdecimal(), f"frame {frame}: give FILE:N, such as images.txt:17")
+    times = read_times(path)[0]
+    need(1 <= int(number) < len(times), f"frame {frame}: {path} has frames 0 to {len(times) - 1}; give N from 1")
+    return float(times[int(number) - 1]), float(times[int(number)])
 
 
 def is_frame(path: Path) -> bool:
@@ -448,6 +494,13 @@ def read_words(path: str | Path, most: int = -1) -> np.ndarray:
     return np.array(rows)
 
 
+def read_times(path: str | Path) -> tuple[np.ndarray, str]:
+    """The times of a file of times, of exposures, or of a list of `time name`, as `in_microseconds` gives them."""
+    words = read_words(path, most=1)
+    named = any(re.search(r"[^-+.\deE\s]", word) for word in words[:, -1])
+    return in_microseconds(words[:, :1] if named else words, path)
+
+
 def in_microseconds(words: np.ndarray, name: str | Path) -> tuple[np.ndarray, str]:
     """A time for each row of one number, or of two, the start and end of an exposure; and the unit they had: seconds if
     any is not a whole number, else microseconds."""
@@ -467,9 +520,8 @@ def run(args: argparse.Namespace) -> None:
     """The command line's work. What is small is read first: a mistake there should not wait for a download."""
     if hasattr(sys.stdout, "reconfigure"):  # answers are UTF-8, whatever the locale
         sys.stdout.reconfigure(encoding="utf-8")
-    options, sampling = chosen(args, Options), chosen(args, Sampling)
     with warnings_as_lines("epvlm"):
-        image = read_input(args)
+        image, options, sampling = read_input(args), chosen(args, Options), chosen(args, Sampling)
         events = None if args.events == "none" else read_events(args.events, options.order, options.time_unit)
         if args.question is None and not (sys.stdin and (sys.stdin.isatty() or sys.stdin.buffer.peek())):
             raise ValueError(NO_QUESTION)

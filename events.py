@@ -16,9 +16,12 @@ event; the quantile is then 0, and Eq. 6 as printed keeps every cell. What is ou
 """
 
 import math
+import mimetypes
+import shlex
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,11 +31,17 @@ NAMES = {  # of the columns of a recording
     "x": ("x", "x_pos", "xs"),
     "y": ("y", "y_pos", "ys"),
     "t": ("t", "timestamp", "timestamps", "ts", "time"),
-    "p": ("p", "polarity", "polarities", "pol", "ps"),
+    "p": ("p", "polarity", "polarities", "pol", "ps", "on", "is_increase"),
 }
 LAYOUTS = ("txyp", "xytp", "xypt")  # of a bare N x 4 array
 MICROSECONDS = {"s": 1e6, "ms": 1e3, "us": 1, "ns": 1e-3}
-MOST = 10**8  # pixels of a sensor or a map
+SENSORS = (128, 128), (240, 180), (304, 240), (320, 240), (346, 260), (640, 480), (1280, 720)  # often met, pixels
+MOST, WIDEST = 10**8, 8192  # pixels of a sensor or a map, the largest x or y
+CONVERT = "convert it: python examples/convert.py {} -o events.npy"
+PICTURE = (
+    'make a map of it: python -c "import sys, numpy as np; from PIL import Image; '
+    "np.save('map.npy', np.asarray(Image.open(sys.argv[1]).convert('L')))\" {}"
+)
 RHO, ALPHA, BETA = 0.1, 0.3, 0.6  # of `worth`, chosen on made-up scenes that examples/evidence.py does not report
 GREY = 128  # of 255, what `novelty` takes for pixels beyond the edge
 REACH = 6  # where the kernel of `cover_mask` ends, in cells and in moments
@@ -53,33 +62,45 @@ class Events:
     def __len__(self) -> int:
         return len(self.t)
 
-    def __str__(self) -> str:
-        start, end = self.window or self.span
-        return f"{len(self)} events in {(end - start) / 1000:.1f} ms"
+    @cached_property
+    def in_order(self) -> bool:
+        return bool((self.t[1:] >= self.t[:-1]).all())
 
-    @property
+    @cached_property
     def span(self) -> tuple[float, float]:
         """First and last time, in microseconds."""
-        return (float(self.t.min()), float(self.t.max())) if len(self) else (0.0, 0.0)
+        if not len(self):
+            return 0.0, 0.0
+        return tuple(map(float, self.t[[0, -1]] if self.in_order else (self.t.min(), self.t.max())))
 
-    def align(self, size: tuple[int, int], sensor: tuple[int, int] | None = None) -> "Events":
-        """The recording aligned with an image of `size`, as the paper asks: on a sensor (width, height) in pixels, None
-        for `size`, that sees the same. Raises ValueError for events outside it. Warns of a doubtful sensor."""
-        aligned = replace(self, sensor=tuple(sensor or size))
-        check_sensor(aligned, size, guessed=not sensor)  # with all events, also those that `cut` leaves out
-        return aligned
+    @cached_property
+    def extent(self) -> tuple[int, int, int, int]:
+        """Smallest and largest x, then y."""
+        return tuple(int(end) for column in (self.x, self.y) for end in (column.min(), column.max()))
+
+    def align(self, size: tuple[int, int], sensor: tuple[int, int] | None = None, mapped: bool = False) -> "Events":
+        """The recording on its sensor (width, height) in pixels, which sees what an image of `size` shows, as the paper
+        asks; None for one of the image's size. If it is `mapped` by a homography, the sensor may see anything, and None
+        is up to the largest x and y. Raises ValueError for events outside it. Warns of a doubtful one."""
+        reach = (self.extent[1] + 1, self.extent[3] + 1) if mapped and len(self) else size
+        check_sensor(self, *(sensor or reach))  # with all events, also those that `cut` leaves out
+        if len(self) and not mapped:
+            check_view(self, size, sensor)
+        return replace(self, sensor=tuple(sensor or reach))
 
     def cut(self, edges: np.ndarray | None) -> list["Events"]:
         """The events of each moment, from one edge to the next in microseconds, edges (T + 1,), the last one included;
         None for a single moment with all of them. Raises ValueError if the recording is of another time, warns if it
         has no events between the edges. One of many moments may have none."""
+        check_clock(self, edges)
         if edges is None:
             return [self]
         (start, end), (first, last) = edges[[0, -1]], self.span
         told = f"no event from {start:.16g} to {end:.16g} us, it goes from {first:.16g} to {last:.16g} us"
         meet = not len(self) or (start <= last and first <= end)
-        need(meet, f"{self.name}: {told}; change window or time_unit, or give the frames' times on the events' clock")
-        order = slice(None) if (self.t[1:] >= self.t[:-1]).all() else np.argsort(self.t, kind="stable")
+        remedy = "change window or time_unit, or add the clocks' offset, which DSEC and others keep apart (t_offset)"
+        need(meet, f"{self.name}: {told}; {remedy}")
+        order = slice(None) if self.in_order else np.argsort(self.t, kind="stable")
         x, y, t, p = (column[order] for column in (self.x, self.y, self.t, self.p))
         cuts = [*np.searchsorted(t, edges[:-1]), np.searchsorted(t, edges[-1], side="right")]
         if cuts[0] == cuts[-1] and len(self):
@@ -111,20 +132,20 @@ class EventMap:
     values: np.ndarray
     name: str = "the event map"
 
-    def __str__(self) -> str:
-        return "an event map of {1} x {0}".format(*self.values.shape)
+    @property
+    def sensor(self) -> tuple[int, int]:
+        return self.values.shape[::-1]  # (width, height)
 
-    def align(self, size: tuple[int, int], sensor: tuple[int, int] | None = None) -> "EventMap":
+    def align(self, size: tuple[int, int], sensor: tuple[int, int] | None = None, mapped: bool = False) -> "EventMap":
         """Itself: it shows what the image shows. Raises ValueError for another sensor."""
-        fits = tuple(sensor or self.values.shape[::-1]) == self.values.shape[::-1]
-        need(fits, f"{self} has only its own size; leave sensor out")
+        need(tuple(sensor or self.sensor) == self.sensor, f"{summary([self])} has only its own size; leave sensor out")
         if not self.values.any():
             warnings.warn("the event map is zero everywhere; it cannot say which cells matter", stacklevel=3)
         return self
 
     def cut(self, edges: np.ndarray | None) -> list["EventMap"]:
         """Itself, the only moment. Raises ValueError for a clip, or a window."""
-        need(edges is None, f"{self} has no times; leave window out, and give a clip a recording")
+        need(edges is None, f"{summary([self])} has no times; leave window out, and give a clip a recording")
         return [self]
 
     def accumulate(self, polarity: str = "count") -> np.ndarray:
@@ -151,9 +172,7 @@ def read_events(source, order: str | None = None, time_unit: str | None = None) 
         data = dict(zip(order or find_order(data, name), data.T, strict=True))
     events = Events(*(np.ravel(data[key]) for key in find_columns(data, name)), name)
     check_events(events)
-    if time_unit is None and fractions(events.t) and np.ptp(events.t) < 1e6:
-        doubt = f"times have fractions and span only {np.ptp(events.t):.6g}; taken as microseconds"
-        warnings.warn(f"{name}: {doubt}, if they are not, give time_unit s, ms or ns (us silences this)", stacklevel=2)
+    check_times(events, time_unit)
     if time_unit in (None, "us"):
         return events
     if time_unit == "ns" and events.t.dtype.kind in "iu":  # a clock since 1970 has more digits than float64
@@ -162,26 +181,41 @@ def read_events(source, order: str | None = None, time_unit: str | None = None) 
     return replace(events, t=np.round(events.t.astype(np.float64) * MICROSECONDS[time_unit], 3))  # to a nanosecond
 
 
+def summary(moments: list[Events] | list[EventMap], outside: float = 0) -> str:
+    """What `cut` gave, in words, and how much of it lies outside the image."""
+    first, last, what = moments[0], moments[-1], "them"
+    if isinstance(first, EventMap):
+        text, what = "an event map of {} x {}".format(*first.sensor), "its sum"
+    else:
+        length = (last.window or last.span)[1] - (first.window or first.span)[0]
+        text = f"{sum(map(len, moments))} events in {length / 1000:.1f} ms"
+    return text + (f", {outside:.16g} of {what} outside the image" if outside else "")
+
+
 def load(path: Path) -> np.ndarray | dict[str, np.ndarray]:
-    """What a .npy or .npz file holds. Raises ValueError that names the file."""
+    """What a .npy or .npz file holds. Raises ValueError that names the file, and for other files the command for it."""
+    remedy = "give a whole .npy or .npz (README.md, Input, says how to convert a pickle)"
     try:
         need(path.is_file(), "not a file" if path.exists() else "no such file")
         with path.open("rb") as file:
             known = file.read(6).startswith((b"\x93NUMPY", b"PK", b"\x80"))  # the last a pickle, which np.load refuses
-            need(known, "neither .npy nor .npz")
+        if not known:
+            image = (mimetypes.guess_type(path.name)[0] or "").startswith("image/")
+            remedy = (PICTURE if image else CONVERT).format(shlex.quote(str(path)))
+            raise ValueError("neither .npy nor .npz")
         data = np.load(path, mmap_mode="r", allow_pickle=False)
         if isinstance(data, np.ndarray):
             return data
         size = sum(member.file_size for member in data.zip.infolist())
         need(size <= max(2**25, 20 * path.stat().st_size), f"it unpacks to {size} bytes, over 20 times its size")
         named = [key for key in data.files if any(plain(key) in names for names in NAMES.values())]
-        keys = ["event_data"] if "event_data" in data.files else named if len(named) >= 4 else data.files
+        single = [key for key in ("event_data", "events") if key in data.files]
+        keys = single[:1] or (named if len(named) >= 4 else data.files)
         arrays = {key: data[key] for key in keys}
         need(all(isinstance(array, np.ndarray) for array in arrays.values()), f"{', '.join(keys)} are no arrays")
         return next(iter(arrays.values())) if len(arrays) == 1 else arrays
     except Exception as error:  # numpy, zipfile, zlib and tokenize raise errors of many kinds
         reason = " ".join(str(error).split()) or type(error).__name__
-        remedy = "give a whole .npy or .npz (README.md, Input, says how to convert other files and pickles)"
         raise ValueError(f"{path}: cannot be read as events ({reason}); {remedy}") from None
 
 
@@ -230,11 +264,15 @@ def need(fine: bool, message: str) -> None:
 
 
 def check_map(values: np.ndarray, name: str) -> np.ndarray:
-    """The map itself. Raises ValueError for what is no map of an image."""
+    """The map itself. Raises ValueError for what is no map of an image, and for a picture of one on a light ground."""
     what = f"{name}: shape {values.shape} of {values.dtype} is neither N x 4 events nor a map of an image"
     shaped = values.ndim == 2 and 0 < values.size <= MOST and max(values.shape) <= 20 * min(values.shape)
     need(shaped and values.dtype.kind in "biuf", f"{what}; reshape it (a stack: np.abs(stack).sum(axis=0))")
     need(values.dtype.kind != "f" or np.isfinite(values).all(), f"{name}: holds NaN or infinity; replace them")
+    ground = np.median(values)  # a value that fills over half of it is the median
+    empty = ground == 0 or 2 * np.count_nonzero(values == ground) <= values.size or (values == ground).all()
+    remedy = f"if it shows no events there, give np.abs(map.astype(float) - {ground:g})"
+    need(empty, f"{name}: {ground:g} fills over half of it, which then counts as motion; {remedy}")
     return values
 
 
@@ -248,31 +286,122 @@ def check_events(events: Events) -> None:
         low, high = (values.min(), values.max()) if len(values) else (0, 1)
         need(np.isfinite([low, high]).all(), f"{name} holds NaN or infinity; drop those events")
         need(column in "tp" or not fractions(values), f"{name} holds fractions of a pixel; round them")
+        told = f"{name} goes up to {high}, and no sensor has so many pixels; undo an underflow or a scale"
+        need(column in "tp" or high <= WIDEST, told)
     two = -1 <= low and high <= 1 and not fractions(values) and (low == 0 or not (values == 0).any())
     need(two, f"{name} goes from {low} to {high}; store polarities as 0 and 1, -1 and +1, or bool")
 
 
-def check_sensor(events: Events, size: tuple[int, int], guessed: bool) -> None:
-    """Raises ValueError for events outside their sensor. Warns of none at all, and of a sensor that seems another."""
-    width, height = events.sensor
+def check_sensor(events: Events, width: int, height: int) -> None:
+    """Raises ValueError for events outside their sensor. Warns of none at all."""
     need(min(width, height) > 0 and width * height <= MOST, f"a sensor of {width} x {height}; give its real size")
     if not len(events):
         return warnings.warn(f"{events.name}: no events at all; they cannot say which cells matter", stacklevel=4)
-    left, right, top, bottom = (int(end) for column in (events.x, events.y) for end in (column.min(), column.max()))
+    left, right, top, bottom = events.extent
     extent = f"events cover x {left} to {right} and y {top} to {bottom}, not inside {width} x {height} pixels"
     remedy = "give the camera's size as sensor, WIDTHxHEIGHT" if min(left, top) >= 0 else "drop those below 0"
     remedy += ", or exchange x and y" if 0 <= left <= right < height and 0 <= top <= bottom < width else ""
     need(0 <= left <= right < width and 0 <= top <= bottom < height, f"{events.name}: {extent}; {remedy}")
+
+
+def check_view(events: Events, size: tuple[int, int], sensor: tuple[int, int] | None) -> None:
+    """Warns of events, or a sensor, that seem not to see what an image of `size` shows."""
+    (width, height), (right, bottom) = sensor or size, (events.extent[1] + 1, events.extent[3] + 1)
+    alike = [(w, h) for w, h in (size, *SENSORS) if 0.97 * w <= right <= w and 0.97 * h <= bottom <= h]
     doubt = ""
     if not 2 / 3 <= width * size[1] / (height * size[0]) <= 3 / 2:
         doubt = f"a sensor of {width} x {height} pixels, an image of {size[0]} x {size[1]}; they must show the same"
-    if guessed and 2 * right < width and 2 * bottom < height:
+    elif not sensor and alike and size not in alike:
+        doubt = "events fill a sensor of {0} x {1}, the image is {2} x {3}; if the camera is that, give sensor {0}x{1}"
+    elif not sensor and 2 * right <= width and 2 * bottom <= height:
         doubt = "all events lie in the image's first quarter; if the event camera is smaller, give its size as sensor"
     if doubt:
-        warnings.warn(f"{events.name}: {doubt}", stacklevel=4)
+        warnings.warn(f"{events.name}: {doubt.format(*(alike or [size])[0], *size)}", stacklevel=4)
+
+
+def check_landing(name: str, homography, lands: np.ndarray, count: np.ndarray, size: tuple[int, int]) -> None:
+    """Raises ValueError where few of the events, `count` by pixel, or little of the image is where the cameras meet."""
+    inside, total = count[lands >= 0].sum(), count.sum()
+    told = f"{name}: {inside:.16g} of {total:.16g} events fall inside the image; perhaps homography is the inverse"
+    need(2 * inside >= total, told)
+    x, y = np.meshgrid(*(np.linspace(0, side - 1, 100) for side in size))
+    seen = (land(np.linalg.inv(homography), x, y, count.shape[::-1]) >= 0).mean()
+    told = f"a sensor of {count.shape[1]} x {count.shape[0]} sees {seen:.1%} of the image"
+    need(seen >= 0.1, f"{name}: {told}; perhaps homography is the inverse, or give sensor")
+
+
+def check_hot(name: str, count: np.ndarray) -> None:
+    """Warns where 20 pixels hold over a quarter of 1,000 events or more: in whole real recordings it is 0.1 to 11 %."""
+    if count.sum() >= 1000 and 4 * np.partition(count, -min(20, count.size), axis=None)[-20:].sum() > count.sum():
+        told = "20 pixels hold over a quarter of the events; if they are hot, give hot_pixels mend"
+        warnings.warn(f"{name}: {told}", stacklevel=4)
+
+
+def check_times(events: Events, time_unit: str | None) -> None:
+    """Warns of times that seem to be of another unit."""
+    t = events.t
+    if time_unit is not None or len(t) < 2 or abs(float(t[-1]) - float(t[0])) >= 1e6:
+        return
+    span, parts = float(t.max()) - float(t.min()), fractions(t)
+    if span < (1e6 if parts else 100):
+        doubt = f"times {'have fractions and ' * parts}span only {span:.6g}; taken as microseconds"
+        remedy = "if they are not, give time_unit s, ms or ns (us silences this)"
+        warnings.warn(f"{events.name}: {doubt}, {remedy}", stacklevel=3)
+
+
+def check_clock(events: Events, edges: np.ndarray | None) -> None:
+    """Warns of a clock that jumps back, and of a long recording for an image of one moment."""
+    if not events.in_order:
+        back = float((events.t[:-1].astype(np.float64) - events.t[1:]).max())
+        if 2 * back > events.span[1] - events.span[0]:
+            told = f"its clock jumps back by {back:.16g} us, over half of its span; did it wrap?"
+            warnings.warn(f"{events.name}: {told} give the part before or after", stacklevel=4)
+    if edges is None and events.span[1] - events.span[0] > 5e6:
+        told = f"{events.span[1] - events.span[0]:.3g} us for a single image; give window, or frame, around it"
+        warnings.warn(f"{events.name}: {told}", stacklevel=4)
 
 
 # The equations
+
+
+def event_maps(
+    moments: list[Events] | list[EventMap], polarity: str, hot_pixels: str, homography=None, size=None
+) -> tuple[Iterator[np.ndarray], float]:
+    """E_v of each moment, (height, width) of the sensor, or of an image of `size` (width, height) with a homography
+    (3, 3) to it; and how many events lie outside that image. See `land`; the sensor's pixels are moved, not each event.
+    hot_pixels "mend" mends by the counts of all moments together. Raises ValueError for a homography that puts most
+    events elsewhere."""
+    maps = (each.accumulate(polarity) for each in moments)
+    held = polarity == "count" and len(moments) <= 16  # few are held, and not counted twice
+    maps = list(maps) if held else maps
+    count = sum(np.abs(E_v, dtype=np.float64) for E_v in (maps if held else (each.accumulate() for each in moments)))
+    if hot_pixels == "mend":
+        maps = map(partial(mend, hot=is_hot(count)), maps)
+    else:
+        check_hot(moments[0].name, count)
+    if homography is None:
+        return iter(maps), 0
+    x, y = np.meshgrid(*map(range, count.shape[::-1]))
+    lands = land(homography, x, y, size)
+    check_landing(moments[0].name, homography, lands, count, size)
+    return (project(E_v, lands, size) for E_v in maps), count[lands < 0].sum()
+
+
+def land(homography, x: np.ndarray, y: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Where points lie in an image of `size` (width, height), as row * width + column, int64; -1 is outside of it.
+    homography H (3, 3): [u v w] = H [x y 1]; a point lies in column u / w, row v / w, rounded, if w > 0. Example, H =
+    [[-1, 0, 3], [0, 1, 0], [0, 0, 1]] mirrors an image of 4 x 2: the point (1, 1) lies in column 2, row 1, so at 6."""
+    u, v, w = np.tensordot(homography, [x, y, np.ones(x.shape)], 1)
+    with np.errstate(all="ignore"):  # w = 0 is outside
+        column, row = np.rint(u / w), np.rint(v / w)
+        inside = (w > 0) & (column >= 0) & (column < size[0]) & (row >= 0) & (row < size[1])
+    return np.where(inside, row * size[0] + column, -1).astype(np.int64)
+
+
+def project(E_v: np.ndarray, lands: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """E_v of the sensor, (height, width), as an image of `size` sees it: on each pixel the sum of what lands there."""
+    inside = lands >= 0
+    return np.bincount(lands[inside], E_v[inside], math.prod(size)).reshape(size[::-1])
 
 
 def resize(E_v: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -377,22 +506,6 @@ def _sums(u: np.ndarray, k: list[np.ndarray], to: tuple[slice, ...], of: tuple[s
     """For each cell j in `to`, the sum of u_i k(i - j) over the cells i in `of`."""
     times, rows, columns = (matrix[part] for matrix, part in zip(k, zip(to, of, strict=True), strict=True))
     return np.tensordot(times, rows @ u[of] @ columns.T, 1)
-
-
-def event_maps(moments: list[Events] | list[EventMap], polarity: str, hot_pixels: str) -> Iterator[np.ndarray]:
-    """E_v of each moment, (height, width); with hot_pixels "mend", mended by the counts of all moments together. Else
-    warns where 20 pixels hold over a quarter of 1,000 events or more: in whole real recordings it is 0.1 to 11 %."""
-    maps = (each.accumulate(polarity) for each in moments)
-    held = polarity == "count" and len(moments) <= 16  # few are held, and not counted twice
-    maps = list(maps) if held else maps
-    count = sum(np.abs(E_v, dtype=np.float64) for E_v in (maps if held else (each.accumulate() for each in moments)))
-    if hot_pixels == "mend":
-        hot = is_hot(count)
-        return (mend(E_v, hot) for E_v in maps)
-    if count.sum() >= 1000 and 4 * np.partition(count, -min(20, count.size), axis=None)[-20:].sum() > count.sum():
-        told = "20 pixels hold over a quarter of the events; if they are hot, give hot_pixels mend"
-        warnings.warn(f"{moments[0].name}: {told}", stacklevel=3)
-    return iter(maps)
 
 
 def is_hot(count: np.ndarray) -> np.ndarray:

@@ -59,8 +59,10 @@ def picture(model: EPVLM, image, events, options: Options) -> Image.Image:
     H, W = (model.vit.config.patch_size * side for side in view.keep.shape[1:])  # pixels
     if events is not None:
         with warnings.catch_warnings(action="ignore"):  # `look` has given them
-            moments = events.align(clip.size, options.sensor).cut(clip.edges)
-            E_v = list(zip(*(event_maps(moments, p, options.hot_pixels) for p in ("count", "signed")), strict=True))
+            mapped, size = options.homography, clip.size
+            moments = events.align(size, options.sensor, mapped is not None).cut(clip.edges)
+            maps = (event_maps(moments, p, options.hot_pixels, mapped, size)[0] for p in ("count", "signed"))
+            E_v = list(zip(*maps, strict=True))
     columns = []
     for moment in evenly(clip.moments, 8):
         seen = Image.fromarray(clip.pixels(moment, H, W)[0].numpy())
@@ -173,21 +175,19 @@ def table(dense: Cost, packed: Cost) -> str:
 
 
 def run_picture(args: argparse.Namespace) -> None:
-    options = chosen(args, Options)
     check_output(args.output, ".png", (args.image, args.events))
     with warnings_as_lines("figures"):
-        image = read_input(args)
+        image, options = read_input(args), chosen(args, Options)
         events = None if args.events == "none" else read_events(args.events, options.order, options.time_unit)
         drawn = picture(load(args), image, events, options)
     write_whole(args.output, lambda file: drawn.save(file, "PNG"))
 
 
 def run_compare(args: argparse.Namespace) -> None:
-    options, sampling = chosen(args, Options), chosen(args, Sampling)
-    if args.events == "none" and options.rule != "cover":
+    if args.events == "none" and args.rule != "cover":
         raise ValueError("compare needs events, or the rule cover; give a recording or an event map")
     with warnings_as_lines("figures"):
-        image = read_input(args)
+        image, options, sampling = read_input(args), chosen(args, Options), chosen(args, Sampling)
         events = None if args.events == "none" else read_events(args.events, options.order, options.time_unit)
         model = load(args)
         warm_up(model, args.question)

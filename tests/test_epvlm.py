@@ -427,7 +427,7 @@ def test_a_view_of_a_clip_by_hand(checkpoint, count, seed, sparsity, cell, rule,
         for n, (start, end) in enumerate(itertools.pairwise(edges), 1):
             inside = rows[(rows["t"] >= start) & ((rows["t"] <= end) if n == len(edges) - 1 else (rows["t"] < end))]
             moments.append(read_events(inside).align((84, 112)))
-        for E_v, (start, end) in zip(event_maps(moments, polarity, hot), itertools.pairwise(edges), strict=True):
+        for E_v, (start, end) in zip(event_maps(moments, polarity, hot)[0], itertools.pairwise(edges), strict=True):
             S.append(motion(resize(E_v, H, W)[None], side)[0] / float(f"{(end - start) / 1e6:.3g}"))
     assert np.allclose(view.S, S, rtol=1e-12, atol=0)
     w = view.S

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from PIL import Image
 
 import oracles
 from events import (
@@ -38,6 +39,7 @@ from events import (
     read_events,
     resize,
     spread_order,
+    summary,
     worth,
 )
 from strategies import (
@@ -210,7 +212,7 @@ def test_a_map_is_taken_as_it_is(tmp_path, values):
     np.save(tmp_path / "map.npy", values)
     E_v, (height, width) = read_events(tmp_path / "map.npy"), values.shape
     for aligned in (E_v.align((99, 77)), E_v.align((99, 77), (width, height))):
-        assert isinstance(aligned, EventMap) and str(aligned) == f"an event map of {width} x {height}"
+        assert isinstance(aligned, EventMap) and summary([aligned]) == f"an event map of {width} x {height}"
         found = aligned.accumulate()
         assert found.dtype == values.dtype and np.array_equal(found, values)
 
@@ -297,13 +299,14 @@ def bomb(path):
 
 @pytest.mark.parametrize("save", [np.save, np.savez, np.savez_compressed])
 def test_damaged_files_are_read_or_named(tmp_path, save):
-    """300 files with a few bytes changed: each is read, or refused with its name; nothing else comes out."""
+    """300 files with one to three bytes changed: each is read, or refused with its name; nothing else comes out."""
     rng, path = np.random.default_rng(0), tmp_path / ("e.npy" if save is np.save else "e.npz")
     save(path, ROWS)
     whole, refused = np.frombuffer(path.read_bytes(), np.uint8), 0
     for _ in range(300):
         damaged = whole.copy()
-        damaged[rng.integers(0, len(whole), 3)] = rng.integers(0, 256, 3)
+        count = rng.integers(1, 4)
+        damaged[rng.integers(0, len(whole), count)] = rng.integers(0, 256, count)
         path.write_bytes(damaged.tobytes())
         try:
             with warnings.catch_warnings(action="ignore"):
@@ -327,7 +330,8 @@ def test_a_recording_is_mapped_not_read(tmp_path):
 
 def two(**columns) -> np.ndarray:
     """Two events, with some columns replaced."""
-    return np.rec.fromarrays([columns.get(name, [0, 1]) for name in "xytp"], names="x,y,t,p")
+    usual = {"x": [0, 1], "y": [0, 1], "t": [0, 1000], "p": [0, 1]}
+    return np.rec.fromarrays((usual | columns).values(), names="x,y,t,p")
 
 
 def file(name, write):
@@ -341,12 +345,13 @@ def in_order(rows):
 
 
 ODD = np.zeros(2, [(name, int) for name in ("x", "y", "t", "ts", "p")])  # two columns of time
-TALL = rows_of((9, 20, 0, 0), (3, 39, 50, 0))
+TALL = rows_of((9, 20, 0, 0), (3, 39, 500, 0))
 LONG = file("e.npz", lambda path: np.savez(path, x=[0, 1, 2], y=[0, 1], t=[0, 1], p=[0, 1]))
 TEXT = file("e.csv", lambda path: path.write_text("t,x,y,p\n1,2,3,1\n"))
 PICKLE = file("e.npy", lambda path: np.save(path, {"x": 1}))
 POLARITIES = "; store polarities as 0 and 1, -1 and +1, or bool"
-CONVERT = "); give a whole .npy or .npz (README.md, Input, says how to convert other files and pickles)"
+WHOLE = "); give a whole .npy or .npz (README.md, Input, says how to convert a pickle)"
+CLOCKS = "; change window or time_unit, or add the clocks' offset, which DSEC and others keep apart (t_offset)"
 OUTSIDE = "events cover x 3 to 9 and y 20 to 39, not inside {} pixels; give the camera's size as sensor, WIDTHxHEIGHT"
 HOT = fired(np.where(np.arange(1200).reshape(30, 40) < 20, 22, 1))
 MAP = "an event map of 5 x 5 has only its own size; leave sensor out"
@@ -371,28 +376,41 @@ MESSAGES = [  # how it ends, what is read, how it is aligned
     ("events of type Tensor: give a path, a numpy array, or none", torch.ones(3, 4), None),
     ("the events: shape (5, 5) of float64 is not N x 4 events; leave order out", in_order(np.ones((5, 5))), None),
     ("the events: shape (3,) of int64 is not N x 4 events; leave order out", in_order(np.arange(3)), None),
-    ("e.npy: cannot be read as events (no such file" + CONVERT, lambda folder: folder / "e.npy", None),
-    (": cannot be read as events (not a file" + CONVERT, lambda folder: folder, None),
-    ("e.csv: cannot be read as events (neither .npy nor .npz" + CONVERT, TEXT, None),
-    (CONVERT, PICKLE, None),
-    ("bytes, over 20 times its size" + CONVERT, file("e.npz", bomb), None),
+    ("e.npy: cannot be read as events (no such file" + WHOLE, lambda folder: folder / "e.npy", None),
+    (": cannot be read as events (not a file" + WHOLE, lambda folder: folder, None),
+    ("/e.csv -o events.npy", TEXT, None),
+    (WHOLE, PICKLE, None),
+    ("bytes, over 20 times its size" + WHOLE, file("e.npz", bomb), None),
     (OUTSIDE.format("40 x 30") + ", or exchange x and y", TALL, ((40, 30),)),
     (OUTSIDE.format("20 x 30"), TALL, ((40, 30), (20, 30))),
     ("events cover x -1 to 0 and y 0 to 1, not inside 9 x 9 pixels; drop those below 0", two(x=[-1, 0]), ((9, 9),)),
     ("a sensor of 0 x 9; give its real size", two(), ((9, 9), (0, 9))),
     ("a sensor of 99999 x 99999; give its real size", two(), ((9, 9), (99_999, 99_999))),
-    ("no event from 2 to 4.5 us, it goes from 0 to 1 us; change window or time_unit, or give the frames' times on the "
-     "events' clock", two(), ((2, 2),), (2, 4.5)),
-    ("no event from 0.2 to 0.7 us, it goes from 0 to 1 us; they cannot say which cells matter", two(), ((2, 2),),
-     (0.2, 0.7)),
-    ("no event from 2 to 9 us, it goes from 0 to 1 us; change window or time_unit, or give the frames' times on the "
-     "events' clock", two(), ((2, 2),), (2, 5, 9)),
-    ("no event from 0.2 to 0.7 us, it goes from 0 to 1 us; they cannot say which cells matter", two(), ((2, 2),),
-     (0.2, 0.4, 0.7)),
+    ("no event from 2000 to 4000.5 us, it goes from 0 to 1000 us" + CLOCKS, two(), ((2, 2),), (2000, 4000.5)),
+    ("no event from 2 to 7 us, it goes from 0 to 1000 us; they cannot say which cells matter", two(), ((2, 2),),
+     (2, 7)),
+    ("no event from 2000 to 9000 us, it goes from 0 to 1000 us" + CLOCKS, two(), ((2, 2),), (2000, 5000, 9000)),
+    ("no event from 2 to 7 us, it goes from 0 to 1000 us; they cannot say which cells matter", two(), ((2, 2),),
+     (2, 4, 7)),
     *[("an event map of 5 x 5 has no times; leave window out, and give a clip a recording", np.ones((5, 5)), ((9, 9),),
        cuts) for cuts in ((0, 1), (0, 1, 2))],
     (MAP, EventMap(np.eye(5)), ((9, 9), (9, 9))),
+    ("x goes up to 8193, and no sensor has so many pixels; undo an underflow or a scale", two(x=[0, 8193]), None),
+    ("y goes up to 65535, and no sensor has so many pixels; undo an underflow or a scale",
+     two(y=np.array([0, 65535], "u2")), None),
+    ("fills over half of it, which then counts as motion; if it shows no events there, give np.abs(map.astype(float) - "
+     "255)", np.where(np.eye(5), 0, 255).astype("u1"), None),
+    ("/e.png", file("e.png", Image.new("RGB", (9, 9)).save), None),
+    ("/e.raw -o events.npy", file("e.raw", lambda path: path.write_bytes(b"% evt 3.0")), None),
     # warnings
+    ("the events: times span only 99; taken as microseconds, if they are not, give time_unit s, ms or ns (us silences "
+     "this)", two(t=[1, 100]), None),
+    ("its clock jumps back by 900 us, over half of its span; did it wrap? give the part before or after",
+     two(t=np.array([1000, 100], "u4")), ((2, 2),)),
+    ("the events: 5.2e+06 us for a single image; give window, or frame, around it", two(t=[0, 5_200_000]), ((2, 2),)),
+    *[(f"the events: events fill a sensor of {sensor[0]} x {sensor[1]}, the image is {size[0]} x {size[1]}; if the "
+       "camera is that, give sensor {}x{}".format(*sensor), two(x=[0, sensor[0] - 3], y=[0, sensor[1] - 1]), (size,))
+      for sensor, size in (((346, 260), (640, 480)), ((240, 180), (346, 260)), ((1280, 720), (1920, 1080)))],
     ("the events: times have fractions and span only 0.25; taken as microseconds, if they are not, give time_unit s, "
      "ms or ns (us silences this)", two(t=[0.25, 0.5]), None),
     ("the events: no events at all; they cannot say which cells matter", ODD[:0][list("xytp")], ((9, 9),)),
@@ -428,7 +446,7 @@ def test_windows_are_microseconds_whatever_the_file_stores(unit, kind):
     inside = events.cut(np.array((1_000_000, 67_000_000)))[0]
     assert inside.x.tolist()[:3] == [1, 2, 3]
     if kind == "f8" or unit in ("us", "ns"):
-        assert inside.x.tolist() == [1, 2, 3] and str(inside) == "3 events in 66000.0 ms"
+        assert inside.x.tolist() == [1, 2, 3] and summary([inside]) == "3 events in 66000.0 ms"
         assert events.cut(np.array((67_000_001, 67_000_001)))[0].x.tolist() == [4]
         assert events.span == pytest.approx((0, 67_000_001))
 
@@ -461,18 +479,20 @@ def test_cutting_is_the_loop_over_events_and_windows(recording, data):
         if cuts[0] <= row[2] <= cuts[-1]:
             expected[min(sum(row[2] >= edge for edge in cuts), len(expected)) - 1].append(row)
     if len(rows) and not (rows["t"].min() <= cuts[-1] and cuts[0] <= rows["t"].max()):
-        with pytest.raises(ValueError, match="on the events' clock"):
+        with pytest.raises(ValueError, match="add the clocks' offset"):
             read_events(rows).cut(cuts)
         return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        moments = read_events(rows).cut(cuts)
-    told = []
+        moments = read_events(rows, time_unit="us").cut(cuts)
+    back = max((int(a) - int(b) for a, b in itertools.pairwise(rows["t"])), default=0)
+    wrapped = back > 0 and 2 * back > int(rows["t"].max()) - int(rows["t"].min())
+    told = ["did it wrap? give the part before or after"] * wrapped
     if len(rows) and not any(expected):
-        told = ["they cannot say which cells matter"]
+        told += ["they cannot say which cells matter"]
     elif len(rows) and len(cuts) > 2:
         common = min(rows["t"].max(), cuts[-1]) - max(rows["t"].min(), cuts[0])
-        told = ["are they on one clock, in one unit?"] * bool(common < (cuts[-1] - cuts[0]) / 10)
+        told += ["are they on one clock, in one unit?"] * bool(common < (cuts[-1] - cuts[0]) / 10)
     assert [str(warning.message).rpartition("; ")[2] for warning in caught] == told
     assert [columns(each) for each in moments] == [[[row[n] for row in each] for n in range(4)] for each in expected]
     assert [each.window for each in moments] == list(itertools.pairwise(cuts.tolist()))
@@ -543,19 +563,22 @@ def test_only_fractions_over_a_short_range_without_a_unit_warn():
 
 def test_a_recording_is_aligned_with_the_image_or_its_sensor():
     events = read_events(ROWS)
-    assert str(events) == "4 events in 0.2 ms" and events.span == (0, 250)
+    assert summary([events]) == "4 events in 0.2 ms" and events.span == (0, 250)
     aligned = events.align((6, 3))
     assert aligned.sensor == (6, 3) and aligned.window is None and aligned.accumulate().shape == (3, 6)
     (aligned,) = events.align((60, 30), (6, 3)).cut(np.array((40, 1040)))
     assert aligned.sensor == (6, 3) and columns(aligned) == [column[1:] for column in EXPECTED]
-    assert str(aligned) == "3 events in 1.0 ms" and aligned.window == (40, 1040)  # the window's length, not the span's
+    assert summary([aligned]) == "3 events in 1.0 ms" and aligned.window == (
+        40,
+        1040,
+    )  # the window's length, not the span's
     assert events.sensor is None and len(events) == 4
 
 
 def test_a_recording_without_events():
     with pytest.warns(UserWarning, match="^the events: "):
         (aligned,) = read_events(ROWS[:0]).align((6, 3)).cut(np.array((0, 500)))
-    assert len(aligned) == 0 and str(aligned) == "0 events in 0.5 ms"
+    assert len(aligned) == 0 and summary([aligned]) == "0 events in 0.5 ms"
     assert aligned.span == (0, 0) and aligned.accumulate().tolist() == [[0] * 6] * 3
 
 
@@ -680,12 +703,12 @@ def test_hot_pixels_are_mended_where_events_are_accumulated(polarity):
     rows = np.concatenate([fired(counts), fired(counts[:9], p=1)])
     aligned, expected = read_events(rows).align((40, 30)), slow_count(rows, 40, 30, polarity)
     with warnings.catch_warnings(action="error"):
-        (mended,) = event_maps([aligned], polarity, "mend")
+        (mended,) = event_maps([aligned], polarity, "mend")[0]
     expected[20, 10] = 1 if polarity == "count" else -1
     assert np.array_equal(mended, expected)
-    assert np.array_equal(next(event_maps([EventMap(counts)], polarity, "mend")), mend(counts))
+    assert np.array_equal(next(event_maps([EventMap(counts)], polarity, "mend")[0]), mend(counts))
     with pytest.warns(UserWarning, match="the event map: 20 pixels hold"):
-        assert np.array_equal(next(event_maps([EventMap(counts)], polarity, "keep")), counts)
+        assert np.array_equal(next(event_maps([EventMap(counts)], polarity, "keep")[0]), counts)
 
 
 def test_hot_pixels_of_a_clip_are_those_of_all_moments_together():
@@ -695,11 +718,11 @@ def test_hot_pixels_of_a_clip_are_those_of_all_moments_together():
     moments = [read_events(fired(counts)).align((40, 30)) for _ in range(3)]
     counts[4, 4], counts[20, 10] = 40, 1  # 42 in all, where the others have 3
     moments[1] = read_events(fired(counts)).align((40, 30))
-    mended = list(event_maps(moments, "count", "mend"))
+    mended = list(event_maps(moments, "count", "mend")[0])
     assert [E_v[20, 10] for E_v in mended] == [1, 1, 1] and [E_v[4, 4] for E_v in mended] == [1, 1, 1]
     with pytest.warns(UserWarning) as caught:
         counts[7, 7] = 10**5
-        for _ in event_maps([read_events(fired(counts)).align((40, 30))] * 3, "signed", "keep"):
+        for _ in event_maps([read_events(fired(counts)).align((40, 30))] * 3, "signed", "keep")[0]:
             pass
     assert len(caught) == 1
 
@@ -716,7 +739,7 @@ def test_twenty_pixels_over_a_quarter_of_a_thousand_events_warn(polarity, busies
     aligned = read_events(fired(counts.reshape(30, 40))).align((40, 30))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        (E_v,) = event_maps([aligned], polarity, "keep")
+        (E_v,) = event_maps([aligned], polarity, "keep")[0]
         event_maps([aligned], polarity, "mend")
     assert [str(warning.message) for warning in caught] == [
         "the events: 20 pixels hold over a quarter of the events; if they are hot, give hot_pixels mend"
@@ -729,7 +752,7 @@ def test_a_sensor_of_at_most_twenty_pixels_warns_and_is_counted(width, height):
     counts = np.full((height, width), 1000)
     aligned = read_events(fired(counts)).align((width, height), (width, height))
     with pytest.warns(UserWarning, match="20 pixels hold over a quarter"):
-        assert np.array_equal(next(event_maps([aligned], "count", "keep")), counts)
+        assert np.array_equal(next(event_maps([aligned], "count", "keep")[0]), counts)
 
 
 # Resizing
@@ -1015,5 +1038,5 @@ def test_the_real_recording(data):
     expected = slow_count(rows_of(*map(tuple, chosen[:, [1, 2, 0, 3]])), 240, 180)
     for events in (read_events(folder / "events_xypt_us.npy"), read_events(text, time_unit="s")):  # t x y p: found
         shown = events.align((240, 180)).cut(np.array((67500, 87500)))[0]
-        assert len(shown) == len(chosen) == 6957 and str(shown) == "6957 events in 20.0 ms"
+        assert len(shown) == len(chosen) == 6957 and summary([shown]) == "6957 events in 20.0 ms"
         assert np.array_equal(shown.accumulate(), expected)

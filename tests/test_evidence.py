@@ -159,7 +159,7 @@ def test_faults_of_a_recording():
         E_v = seen.align((width, height)).accumulate()
         wrong = {name: given["fault"](made).align((width, height)) for name, given in FAULTS.items()}
         with pytest.warns(UserWarning, match="20 pixels hold"):
-            fired = next(event_maps([wrong["20 hot pixels"]], "count", "keep")) - E_v
+            fired = next(event_maps([wrong["20 hot pixels"]], "count", "keep")[0]) - E_v
         assert sorted(fired[fired > 0].tolist()) == [TIMES] * HOT
         assert np.array_equal(wrong["mirrored"].accumulate(), E_v[:, ::-1])
         down, right = round(0.05 * height), round(0.05 * width)
@@ -172,7 +172,7 @@ def test_mending_finds_hot_pixels_and_leaves_others():
     overlap = []
     for made in held_out(20):
         (height, width), bad = made.shape, hot(made)
-        E_v, mended = (next(event_maps([x.align((width, height))], "count", "mend")) for x in (made.events, bad))
+        E_v, mended = (next(event_maps([x.align((width, height))], "count", "mend")[0]) for x in (made.events, bad))
         assert np.array_equal(E_v, made.events.align((width, height)).accumulate())
         for sparsity in (0.5, 0.7, 0.9):
             right, ours = (budget_mask(motion(each[None], 28), 1 - sparsity) for each in (E_v, mended))
