@@ -23,6 +23,7 @@ from transformers import Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as theirs_resize
 
+import epvlm
 import tiny
 import vit
 from epvlm import EPVLM, Options, Sampling, View, main
@@ -614,21 +615,22 @@ def test_pickles(tmp_path, monkeypatch):
 
 def lens(x, y):
     """Where a lens that bends puts a point of the straightened picture, in pixels of a camera of 160 x 120."""
-    u, v = (x - 80) / 140, (y - 60) / 140
-    bent = 1 - 0.2 * (u * u + v * v)
-    return 80 + 140 * u * bent + 1.5, 60 + 140 * v * bent - 1
+    u, v = (x - 80) / 100, (y - 60) / 100
+    bent = 1 - 0.1 * (u * u + v * v)
+    return 80 + 100 * u * bent + 1.5, 60 + 100 * v * bent - 1
 
 
 def dsec(folder: Path) -> np.ndarray:
-    """A small sequence as DSEC lays it out, of something that moves in four places between frames 16 and 17, and of
-    noise before and after. Returns the events of that time where they belong in the image: (n, 2) pixels."""
+    """A small sequence as DSEC lays it out, of something that moves in four places between frames 16 and 17, and
+    elsewhere before and after. Returns the events of that time where they belong in the image: (n, 2) pixels."""
     import h5py
     import yaml
 
     rng = np.random.default_rng(17)
-    turn = np.array([[0.9998, -0.0199, 0.003], [0.0199, 0.9998, 0.001], [-0.003, -0.001, 1]])
-    K, K_event = (np.array([[f, 0, x], [0, f, y], [0, 0, 1]]) for f, x, y in ((300, 182, 133), (140, 80, 60)))
-    cameras = {"camRect0": (140, 160, 120, 80, 60), "camRect1": (300, 360, 270, 182, 133)}
+    turn = np.linalg.qr(np.array([[1, -0.02, 0.08], [0.02, 1, 0.05], [-0.08, -0.05, 1]]))[0]
+    turn *= np.sign(np.diag(turn))
+    cameras = {"camRect0": (100, 160, 120, 80, 60), "camRect1": (300, 360, 270, 182, 133)}
+    K_event, K = (np.array([[f, 0, x], [0, f, y], [0, 0, 1]]) for f, _, _, x, y in cameras.values())
     intrinsics = {
         name: {"camera_matrix": [f, f, x, y], "resolution": [w, h]} for name, (f, w, h, x, y) in cameras.items()
     }
@@ -645,10 +647,10 @@ def dsec(folder: Path) -> np.ndarray:
         straight = straight + raw - np.stack(lens(*np.moveaxis(straight, -1, 0)), axis=-1)
     with h5py.File(folder / "rectify_map.h5", "w") as file:
         file["rectify_map"] = straight.astype("f4")
-    clock, noise = 49_599_300_523, rng.integers(0, (160, 120), (20_000, 2))  # microseconds, of frame 0
-    times = [clock + rng.integers(0, 16 * 50_000, 10_000), clock + rng.integers(17 * 50_000 + 1, 10**6, 10_000)]
-    t = np.concatenate([*times, clock + rng.integers(16 * 50_000, 17 * 50_000, len(seen))])
-    order, places = np.argsort(t, kind="stable"), np.concatenate([noise, seen])
+    clock, elsewhere = 49_599_300_523, rng.integers((70, 0), (90, 120), (90_000, 2))  # microseconds, of frame 0
+    when = ((0, 16 * 50_000, 45_000), (17 * 50_000 + 1, 10**6, 45_000), (16 * 50_000, 17 * 50_000, len(seen)))
+    t = clock + np.concatenate([rng.integers(*each) for each in when])
+    order, places = np.argsort(t, kind="stable"), np.concatenate([elsewhere, seen])
     with h5py.File(folder / "events.h5", "w") as file:
         file["t_offset"] = np.int64(clock - 12)
         columns = zip("xytp", (*places.T.astype("u2"), (t - clock + 12).astype("u4"), t % 2), strict=True)
@@ -677,10 +679,15 @@ def test_dsec(tmp_path, monkeypatch, capsys):
     assert main([*shlex.split(asking), "--sparsity", "0.7", *tiny]) == 0, capsys.readouterr().err
     x, y = np.rint(true).astype(int).T
     aligned = Events(x, y, np.zeros(len(x)), np.ones(len(x), int))
-    options = Options(sparsity=0.7, time_unit="us")
-    expected = EPVLM.from_pretrained(ROOT / "examples" / "tiny", device="cpu").look("000017.png", aligned, options)
+    model = EPVLM.from_pretrained(ROOT / "examples" / "tiny", device="cpu")
+    expected = model.look("000017.png", aligned, Options(sparsity=0.7, time_unit="us"))
     both = (views[0].groups & expected.groups).sum() / expected.tokens
     assert views[0].tokens == expected.tokens and both >= 0.95
+    assert convert.main(["events.h5", "-o", "raw.npy"]) == 0  # a sensor of another size, and all times: much is wrong
+    window = epvlm.between("timestamps.txt:17")
+    for events, options in (("raw.npy", Options(0.7, sensor=(160, 120), window=window)), ("events.npy", Options(0.7))):
+        wrong = model.look("000017.png", events, options)
+        assert (wrong.groups & expected.groups).sum() / expected.tokens < 0.8
 
 
 def test_first_command(monkeypatch, capsys):
