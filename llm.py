@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from events import need
 from rope2d import cos_sin, rotate
 
 SYSTEM = "You are a helpful assistant."  # the system turn of the published models
@@ -204,8 +205,7 @@ class Decoder(nn.Module):
         return product(hidden, head.weight).float()
 
     def flops(self, tokens: int, scored: int = 1) -> tuple[int, int]:
-        """FLOPs for so many tokens of which the last `scored` are wanted and get logits, counted as in vit.py; of
-        attention the whole square (a fused kernel skips what the causal mask hides)."""
+        """As in vit.py, for so many tokens of which the last `scored` get logits; of attention the whole square."""
         config, D, layers = self.config, self.config.hidden_size, self.config.num_hidden_layers
         kv, others = 2 * D * config.num_key_value_heads * config.head_dim, 2 * D * D + 3 * D * config.intermediate_size
         full = (layers - 1) * tokens + scored  # the last layer computes what is wanted
@@ -237,14 +237,12 @@ def sampler(sampling, ids: Tensor) -> Callable[[Tensor], int]:
 
 def generate(decoder: Decoder, hidden: Tensor, positions: Tensor, cache: KVCache, choose) -> Iterator[int]:
     """Yields token ids as they are decided, without end; the caller stops. Raises ValueError for scores not finite.
-    hidden (1, L, hidden_size), positions (3, L): the embedded prompt, or the part of it that is not in `cache`. choose:
-    see `sampler`. Token n of the answer stands at the prompt's largest DENSE position + 1 + n on all three axes: not at
-    L + n, since L counts the kept tokens only."""
+    hidden (1, L, hidden_size), positions (3, L): the embedded prompt, or what of it is not in `cache`. choose: see
+    `sampler`. Token n of the answer stands at the prompt's largest DENSE position + 1 + n, not at L + n (packed)."""
     hidden, position = decoder(hidden, positions, cache, wanted=1), positions[:, -1:]
     while True:
         logits = decoder.logits(hidden[0, -1])
-        if not logits.isfinite().all():
-            raise ValueError(f"scores in {hidden.dtype} are not finite; try a wider dtype, or another model")
+        need(logits.isfinite().all(), f"scores in {hidden.dtype} are not finite; try a wider dtype, or another model")
         yield (token := choose(logits))
         position = position + 1
         hidden = decoder(decoder.embed(torch.tensor([[token]])), position, cache)
