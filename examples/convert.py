@@ -1,11 +1,10 @@
 """From the files that event cameras and data sets come in to the .npy that epvlm.py reads.
 
-    pip install -r examples/requirements-convert.txt
     python examples/convert.py recording.raw -o events.npy --window 2s 2.05s
     python examples/convert.py events.h5 -o events.npy --rectify rectify_map.h5 --calibration cam_to_cam.yaml
 
-A reader for each kind of file gives pieces of up to PIECE events. Only what lies in the window is kept, so a short
-window of a long file needs little memory. Its times are on the recording's clock, which for DSEC includes t_offset.
+A recording is read in pieces of up to PIECE events: a short window of a long file needs little memory. Times are
+microseconds on the recording's clock, for DSEC with t_offset added.
 """
 
 import argparse
@@ -15,8 +14,6 @@ import sys
 import tempfile
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
@@ -27,34 +24,31 @@ from dsec import Rectification, read_rectification
 from epvlm import ORDERS, microseconds
 from events import LAYOUTS, MICROSECONDS, NAMES, Events, check_events, find_order, fractions, load, need
 
-PIECE, MOST = 2**20, 10**8  # events read at once, and written
+PIECE, MOST, EVER = 2**20, 10**8, (-np.inf, np.inf)  # events read at once, and written; the whole recording
 READ = "Prophesee .raw (EVT2, EVT3) and .dat, .aedat4, .aedat (AEDAT 2), N-MNIST .bin, HDF5, and text in columns"
-UNKNOWN = (2048, 2048)  # pixels, the most that EVT can name; no sensor has them
 FAERY = """import sys, faery
 stream = faery.events_stream_from_file(sys.argv[1], file_type=sys.argv[2], dimensions_fallback=(2048, 2048))
 sys.stdout.buffer.write(b"%d %d\\n" % stream.dimensions())
-for packet in stream:
-    sys.stdout.buffer.write(packet.tobytes())
-"""
+sys.stdout.buffer.writelines(packet.tobytes() for packet in stream)"""
 
 
 def find_reader(path: Path) -> Callable[[Path, argparse.Namespace], Iterator[Events]]:
     """Tells the kind of a file from its first bytes; a .bin has only its name."""
-    need(path.is_file(), f"{path}: {'not a file' if path.exists() else 'no such file'}; give a recording")
+    need(path.is_file() and path.stat().st_size > 0, f"{path}: is empty, or not a file; give a recording")
     with path.open("rb") as file:
         head = file.read(2**14)
-    need(len(head) > 0, f"{path}: is empty; copy it again")
     if head.startswith((b"\x93NUMPY", b"PK", b"\x80")):
         load(path)  # says what is wrong with a pickle
         raise ValueError(f"{path}: needs no conversion; give it to epvlm.py")
-    version = re.search(rb"^% (?:evt |format EVT)(\d)\.?([1-9]?)", head, re.MULTILINE) if head[:1] == b"%" else None
-    evt = version and ".".join(part.decode() for part in version.groups() if part)
-    told = f"EVT{evt} is not read, EVT2 and EVT3 are; convert it with OpenEB's metavision_file_to_dat"
-    need(evt in (None, "2", "3"), f"{path}: {told}")
+    version = re.match(rb"(?:%.*\n)*?% (?:evt |format EVT)(\d)\.?([1-9]?)", head)
+    known = version is None or version[1] + version[2] in (b"2", b"3")
+    need(
+        known, f"{path}: EVT2.1 and 4 are not read, EVT2 and EVT3 are; convert it with OpenEB's metavision_file_to_dat"
+    )
     kinds = {
         read_hdf5: head.startswith(b"\x89HDF\r\n\x1a\n"),
-        partial(read_by_faery, kind="evt"): evt,
-        partial(read_by_faery, kind="aedat"): head.startswith(b"#!AER-DAT4"),
+        (lambda path, args: by_faery(path, "evt")): version,
+        (lambda path, args: by_faery(path, "aedat")): head.startswith(b"#!AER-DAT4"),
         read_dat: head.startswith(b"% Data file"),
         read_aedat2: head.startswith(b"#!AER-DAT2"),
         read_text: head[:2] != b"#!" and re.fullmatch(rb"(\xef\xbb\xbf)?[\t\n\r -~]*", head),
@@ -73,33 +67,27 @@ def records(file, path: Path, kinds: list) -> Iterator[np.ndarray]:
         yield np.frombuffer(data, dtype)
 
 
-def header(file, mark: bytes) -> bytes:
-    """The lines at the start of a binary file that begin with `mark`."""
-    return b"".join(iter(lambda: file.readline() if file.peek(1)[:1] == mark else b"", b""))
-
-
-def read_by_faery(path: Path, args: argparse.Namespace, kind: str) -> Iterator[Events]:
-    """EVT2, EVT3 (times up to 11 us off) and AEDAT 4, by the library faery. It runs in a process of its own, which a
-    broken file can end."""
+def by_faery(path: Path, kind: str) -> Iterator[Events]:
+    """EVT2, EVT3 (times up to 11 us off) and AEDAT 4. Of its own process, since a broken file can make faery abort."""
     import faery  # noqa: F401 (to see that it is there)
 
     command = [sys.executable, "-P", "-c", FAERY, str(path), kind]
     with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as child:
         sensor = tuple(map(int, child.stdout.readline().split()))
         for rows in records(child.stdout, path, [("t", "<u8"), ("x", "<u2"), ("y", "<u2"), ("p", "u1")]):
-            yield Events(*(rows[name] for name in "xytp"), sensor=None if sensor == UNKNOWN else sensor)
+            yield Events(*(rows[name] for name in "xytp"), sensor=None if sensor == (2048, 2048) else sensor)
         if child.wait():
             said.seek(0)
-            reasons = re.findall(rb"^\S*(?:Error|Exception): (.+)", said.read(), re.MULTILINE)
-            raise RuntimeError(reasons[-1].decode(errors="replace") if reasons else "faery failed")
+            raise RuntimeError(" ".join(said.read().decode(errors="replace").splitlines()[-1:]) or "faery failed")
 
 
 def read_dat(path: Path, args: argparse.Namespace) -> Iterator[Events]:
     """Prophesee's .dat, event types 0 (N-CARS) and 12: t, then 14 bits of x, 14 of y, and p."""
     with path.open("rb") as file:
-        head, (kind, size) = header(file, b"%"), file.read(2).ljust(2, b"\0")
-        told = f"{path}: holds events of type {kind} in {size} bytes; types 0 and 12 in 8 bytes, version 2, are read"
-        need(kind in (0, 12) and size == 8 and b"% Version 1" not in head, told)
+        head = re.match(rb"(?:%.*\n)*", file.read(2**14))[0]
+        file.seek(len(head))
+        fits = file.read(2) in (b"\0\b", b"\x0c\b") and b"% Version 1" not in head
+        need(fits, f"{path}: holds no events of type 0 or 12 in 8 bytes, version 2; no others are read")
         sides = [int(n) for side in (b"Width", b"Height") for n in re.findall(rb"% " + side + rb" (\d+)", head)[:1]]
         for rows in records(file, path, [("t", "<u4"), ("xyp", "<u4")]):
             x, y, p = (rows["xyp"] >> low & mask for low, mask in ((0, 0x3FFF), (14, 0x3FFF), (28, 1)))
@@ -109,10 +97,11 @@ def read_dat(path: Path, args: argparse.Namespace) -> Iterator[Events]:
 def read_aedat2(path: Path, args: argparse.Namespace) -> Iterator[Events]:
     """AEDAT 2 of a DVS128, whose addresses count x and y from the other end and invert the polarity."""
     with path.open("rb") as file:
-        known = b"DVS128" in (re.findall(rb"AEChip: (\S+)", header(file, b"#")) or [b"DVS128"])[0]
+        head = re.match(rb"(?:#.*\n)*", file.read(2**20))[0]
+        file.seek(len(head))
+        other = re.search(rb"AEChip: (?!\S*DVS128)", head)
         for rows in records(file, path, [("address", ">u4"), ("t", ">i4")]):
-            known = known and rows["address"].max() < 2**16
-            need(known, f"{path}: is of another camera than the DVS128; save it as .aedat4")
+            need(not other and rows["address"].max() < 2**16, f"{path}: is not of a DVS128; save it as .aedat4")
             rows = rows[rows["address"] < 2**15]  # the others are signals from outside
             x, y, p = (mask - (rows["address"] >> low & mask) for low, mask in ((1, 127), (8, 127), (0, 1)))
             yield Events(x, y, rows["t"], p, sensor=(128, 128))
@@ -128,15 +117,12 @@ def read_bin(path: Path, args: argparse.Namespace) -> Iterator[Events]:
     yield Events(*(column[~wraps] for column in (rows["x"], rows["y"], t, pt >> 23)))
 
 
-def whole_microseconds(t: np.ndarray, unit: str | None, path: Path) -> np.ndarray:
+def whole_microseconds(t: np.ndarray, unit: str | None, name: str | Path) -> np.ndarray:
     """Times in `unit` as int64. None: floats are seconds, whole numbers microseconds."""
-    unit = unit or ("s" if t.dtype.kind == "f" else "us")
-    limit = 2**62 / MICROSECONDS[unit]
-    fine = t.dtype.kind in "iuf" and (not len(t) or -limit < t.min() <= t.max() < limit)
-    need(fine, f"{path}: holds times that are no numbers, or too large for {unit}; drop them, or give --time-unit")
-    if t.dtype.kind == "f":
-        return np.rint(t * MICROSECONDS[unit]).astype(np.int64)
-    return (t.astype(np.int64) + 500) // 1000 if unit == "ns" else t.astype(np.int64) * int(MICROSECONDS[unit])
+    scale = MICROSECONDS[unit or ("s" if t.dtype.kind == "f" else "us")]
+    fine = t.dtype.kind in "iuf" and (not len(t) or -(2**62) < t.min() * scale <= t.max() * scale < 2**62)
+    need(fine, f"{name}: holds times that are no numbers, or too large; drop them, or give --time-unit")
+    return np.rint(t * scale).astype(np.int64)
 
 
 def pick(names: list[str]) -> list[str]:
@@ -145,16 +131,15 @@ def pick(names: list[str]) -> list[str]:
     return [each[0] for each in found] if all(len(each) == 1 for each in found) else []
 
 
-def find_rows(node, order: str | None):
+def find_table(node, order: str | None):
     """How to read x, y, t, p of rows a to b from an HDF5 node, and how many there are; None if it is no recording."""
     if hasattr(node, "keys"):
         columns = {key: each for key, each in node.items() if getattr(each, "ndim", 0) == 1}
         keys = pick(list(columns))
         return (lambda a, b: [columns[key][a:b] for key in keys], len(columns[keys[2]])) if keys else None
-    if node.ndim != 2 or node.shape[1] != 4 or "event" not in node.name.rpartition("/")[2]:
-        return None
-    order = order or find_order(node[:PIECE], f"{node.file.filename}: {node.name}")
-    return lambda a, b: node[a:b].T[[order.index(name) for name in "xytp"]], len(node)
+    if node.ndim == 2 and node.shape[1] == 4 and "event" in node.name.rpartition("/")[2]:
+        order = order or find_order(node[:PIECE], f"{node.file.filename}: {node.name}")
+        return lambda a, b: node[a:b].T[[order.index(name) for name in "xytp"]], len(node)
 
 
 def read_hdf5(path: Path, args: argparse.Namespace) -> Iterator[Events]:
@@ -165,24 +150,26 @@ def read_hdf5(path: Path, args: argparse.Namespace) -> Iterator[Events]:
     with h5py.File(path) as file:
         nodes, other = [file], {"left": "right", "right": "left"}[args.camera]
         file.visititems(lambda name, node: nodes.append(node))
-        found = {node.name: rows for node in nodes if (rows := find_rows(node, args.order))}
-        mine = [name for name in found if other not in name.split("/")]
-        told = f"{len(mine)} recordings of the {args.camera} camera among {', '.join(found or [n.name for n in nodes])}"
+        tables = {node.name: table for node in nodes if (table := find_table(node, args.order))}
+        mine = [name for name in tables if other not in name.split("/")]
+        told = f"{len(mine)} recordings of the {args.camera} camera in {', '.join(tables or (n.name for n in nodes))}"
         need(len(mine) == 1, f"{path}: holds {told}; give --camera, or a file with x, y, t, p in one group")
-        (rows, count), offset = found[mine[0]], file["t_offset"][()] if "t_offset" in file else 0
-        height, width = map(int, file.attrs.get("sensor_resolution", (0, 0)))
+        (rows, count), offset = tables[mine[0]], file["t_offset"][()] if "t_offset" in file else 0
 
-        def piece(a: int, b: int) -> Events:
+        def read(a: int, b: int):
             x, y, t, p = rows(a, b)
-            t = whole_microseconds(t + offset, args.time_unit, path)
-            return Events(x, y, t, p, sensor=(width, height) if width else None)
+            return x, y, t.astype(np.int64) + offset if offset else t, p
 
-        start, end = 0, count
-        if args.window:
-            cuts = zip((bisect_left, bisect_right), args.window, strict=True)
-            start, end = (cut(range(count), time, key=lambda row: piece(row, row + 1).t[0]) for cut, time in cuts)
-            yield from (piece(row, row + 1) for row in (0, count - 1) if start == end)  # for the span
-        yield from (piece(a, min(a + PIECE, end)) for a in range(start, end, PIECE))
+        def time(row: int) -> int:
+            return whole_microseconds(read(row, row + 1)[2], args.time_unit, path)[0]
+
+        cuts = zip((bisect_left, bisect_right), args.window, strict=True)
+        start, end = (cut(range(count), edge, key=time) for cut, edge in cuts)
+        sensor = tuple(int(side) for side in file.attrs.get("sensor_resolution", ())[::-1]) or None  # was height, width
+        for a in range(start, end, PIECE):
+            yield Events(*read(a, min(a + PIECE, end)), sensor=sensor)
+        if start == end and count:  # the recording's span
+            yield from (Events(*read(row, row + 1)) for row in (0, count - 1))
 
 
 def read_text(path: Path, args: argparse.Namespace) -> Iterator[Events]:
@@ -191,13 +178,13 @@ def read_text(path: Path, args: argparse.Namespace) -> Iterator[Events]:
         sensor, names, words = None, [], []
         for line in file:
             words = re.split(r"\s*[,;]\s*|\s+", re.sub(r'\[.*?\]|["#%]', "", line).strip())
-            if not re.fullmatch(r"[-+.\deE]+", words[0]):
+            if not re.fullmatch(r"[-+.\d][.\deE]*([-+]\d+)?", words[0]) or words[0] == "-":
                 names = words if pick(words) else names
             elif len(words) == 2:
                 sensor = tuple(map(int, words))
             elif line[0] not in "#%":
                 break
-        need(len(words) == len(names or "xytp"), f"{path}: has no row of four numbers, or of as many as its head names")
+        need(len(words) == len(names or "xytp"), f"{path}: has no row of four numbers; these are read: {READ}")
         mark, lines = next((mark for mark in ",;" if mark in line), None), chain([line], file)
         blocks = iter(lambda: list(islice(lines, PIECE // 4)), [])
         tables = (np.loadtxt(block, delimiter=mark, ndmin=2) for block in blocks)
@@ -208,29 +195,25 @@ def read_text(path: Path, args: argparse.Namespace) -> Iterator[Events]:
         seconds = fractions(first[:, columns[2]]) or set(words[columns[2]]) & set(".eE")
         for rows in chain([first], tables):
             x, y, t, p = rows[:, columns].T
-            t = whole_microseconds(t, args.time_unit or ("s" if seconds else "us"), path)
-            yield Events(x, y, t, p, sensor=sensor)
+            yield Events(x, y, t if seconds else t.astype(np.int64), p, sensor=sensor)
 
 
 def collect(pieces: Iterator[Events], args: argparse.Namespace, place: Rectification | None) -> tuple[Events, int]:
-    """What lies in the window, at the image's pixels if there is a `place`, and how many events lie outside the image.
-    Reading ends when it is past the window. Raises ValueError if no event is left."""
-    name, found, count, spans, outside = str(args.recording), [], 0, [], 0
-    start, end = args.window or (-np.inf, np.inf)
-    for piece in pieces:
-        if not len(piece):
-            continue
-        piece = replace(piece, name=name, t=piece.t.astype(np.int64))
+    """The events in the window, at the image's pixels if there is a `place`, and how many lay outside the image. Ends
+    when a piece is past the window. Raises ValueError if none are left."""
+    name, (start, end), found, count, spans, outside = str(args.recording), args.window, [], 0, [], 0
+    for piece in filter(len, pieces):
+        t = whole_microseconds(piece.t, args.time_unit, name)
+        piece = Events(piece.x, piece.y, t, piece.p, name, piece.sensor)
         check_events(piece)
         need(min(piece.extent) >= 0, f"{name}: x or y goes below 0; drop those events")
-        x, y, sensor, inside = piece.x, piece.y, piece.sensor, (piece.t >= start) & (piece.t <= end)
+        x, y, sensor, inside = piece.x, piece.y, piece.sensor, (t >= start) & (t <= end)
         if place:
             lands, sensor = place.lands(piece), place.size
             y, x = np.divmod(lands, sensor[0])
             outside += int((inside & (lands < 0)).sum())
             inside &= lands >= 0
-        columns = zip((x, y, piece.t, piece.p > 0), ("i4", "i4", "i8", "u1"), strict=True)
-        found.append([column[inside].astype(kind) for column, kind in columns])
+        found.append([column[inside] for column in (x, y, t, piece.p > 0)])
         count, spans = count + int(inside.sum()), [*spans, *piece.span]
         need(count <= MOST, f"{name}: holds over {MOST:.0e} events; give a shorter --window")
         if sys.stderr.isatty():
@@ -238,28 +221,25 @@ def collect(pieces: Iterator[Events], args: argparse.Namespace, place: Rectifica
         if count and piece.span[0] > end:
             break
     need(spans, f"{name}: holds no event; give another recording")
+    need(count or not outside, f"{name}: all {outside} events lie outside the image; give the map of this --camera")
     told = f"no event from {start:.16g} to {end:.16g} us, it goes from {min(spans):.16g} to {max(spans):.16g} us"
-    told = f"{outside} events, all outside the image; give the map of --camera {args.camera}" if outside else told
-    need(count, f"{name}: {told}")
+    need(count, f"{name}: {told}; change window, or time_unit")
     return Events(*map(np.concatenate, zip(*found, strict=True)), name, sensor), outside
 
 
 def run(args: argparse.Namespace) -> None:
     """The command line's work: a recording in, a .npy out."""
-    need(not args.window or args.window[0] < args.window[1], "window: give a start and a later end")
+    need(args.window[0] < args.window[1], "window: give a start and a later end")
     need((args.rectify is None) == (args.calibration is None), "rectify and calibration need each other; give both")
     check_output(args.output, ".npy", map(str, filter(None, (args.recording, args.rectify, args.calibration))))
     place = read_rectification(args.rectify, args.calibration, args.camera) if args.rectify else None
     with reading(args.recording):
         events, outside = collect(find_reader(args.recording)(args.recording, args), args, place)
     save_events(events, args.output)
-    told = "wrote {} events to {}: x {} to {}, y {} to {}, {:.0f} to {:.0f} us"
-    told = told.format(len(events), args.output, *events.extent, *events.span)
-    if args.rectify:
-        told += "; {} lie outside the image of {} x {}".format(outside, *events.sensor)
-    elif events.sensor:
-        told += "; the sensor is {0} x {1} (--sensor {0}x{1})".format(*events.sensor)
-    print(told, file=sys.stderr)
+    told = f"wrote {len(events)} events to {args.output}: " + "x {} to {}, y {} to {}".format(*events.extent)
+    told += ", {:.0f} to {:.0f} us".format(*events.span)
+    size = "; {2} lay outside the image of {0} x {1}" if place else "; the sensor is {0} x {1} (--sensor {0}x{1})"
+    print(told + (size.format(*events.sensor, outside) if events.sensor else ""), file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -268,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("recording", type=Path, help="the file")
     add("-o", "--output", type=Path, required=True, help="the events, .npy")
-    add("--window", type=microseconds, nargs=2, metavar=("START", "END"), help="in us, or with a unit (default: all)")
+    add("--window", type=microseconds, nargs=2, metavar=("START", "END"), default=EVER, help="in us, or with a unit")
     add("--time-unit", choices=MICROSECONDS, help="of text and HDF5 (default: whole numbers us, others s)")
     add("--order", choices=ORDERS, metavar="txyp", help="of text and N x 4, such as txyp (default: found, if clear)")
     add("--camera", choices=("left", "right"), default="left", help="which, if there are two (default: left)")
