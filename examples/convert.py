@@ -3,8 +3,7 @@
     python examples/convert.py recording.raw -o events.npy --window 2s 2.05s
     python examples/convert.py events.h5 -o events.npy --rectify rectify_map.h5 --calibration cam_to_cam.yaml
 
-A recording is read in pieces of up to PIECE events: a short window of a long file needs little memory. Times are
-microseconds on the recording's clock, for DSEC with t_offset added.
+Times are microseconds on the recording's clock, for DSEC with t_offset added. A short window needs little memory.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import Parser, check_output, exit_status, reading, save_events
+from common import Parser, check_output, exit_status, reading, save_events, warnings_as_lines
 from dsec import Rectification, read_rectification
 from epvlm import ORDERS, microseconds
 from events import LAYOUTS, MICROSECONDS, NAMES, Events, check_events, find_order, fractions, load, need
@@ -42,43 +41,39 @@ def find_reader(path: Path) -> Callable[[Path, argparse.Namespace], Iterator[Eve
         raise ValueError(f"{path}: needs no conversion; give it to epvlm.py")
     version = re.match(rb"(?:%.*\n)*?% (?:evt |format EVT)(\d)\.?([1-9]?)", head)
     known = version is None or version[1] + version[2] in (b"2", b"3")
-    need(
-        known, f"{path}: EVT2.1 and 4 are not read, EVT2 and EVT3 are; convert it with OpenEB's metavision_file_to_dat"
-    )
+    need(known, f"{path}: EVT2 and EVT3 are read, not EVT2.1; convert it with OpenEB's metavision_file_to_dat")
     kinds = {
         read_hdf5: head.startswith(b"\x89HDF\r\n\x1a\n"),
         (lambda path, args: by_faery(path, "evt")): version,
         (lambda path, args: by_faery(path, "aedat")): head.startswith(b"#!AER-DAT4"),
         read_dat: head.startswith(b"% Data file"),
         read_aedat2: head.startswith(b"#!AER-DAT2"),
-        read_text: head[:2] != b"#!" and re.fullmatch(rb"(\xef\xbb\xbf)?[\t\n\r -~]*", head),
         read_bin: path.suffix.lower() == ".bin",
+        read_text: head[:2] != b"#!" and re.fullmatch(rb"[\t\n\r -~\x80-\xff]*", head),
     }
     reader = next((reader for reader, fits in kinds.items() if fits), None)
     need(reader is not None, f"{path}: is none of the kinds that are read: {READ}")
     return reader
 
 
-def records(file, path: Path, kinds: list) -> Iterator[np.ndarray]:
+def records(file, kinds: list) -> Iterator[np.ndarray]:
     """The rest of a binary file, in structured arrays. Raises ValueError where it ends within a record."""
     dtype = np.dtype(kinds)
     while data := file.read(PIECE * dtype.itemsize):
-        need(len(data) % dtype.itemsize == 0, f"{path}: ends within an event, so it is cut short; copy it again")
         yield np.frombuffer(data, dtype)
 
 
 def by_faery(path: Path, kind: str) -> Iterator[Events]:
     """EVT2, EVT3 (times up to 11 us off) and AEDAT 4. Of its own process, since a broken file can make faery abort."""
-    import faery  # noqa: F401 (to see that it is there)
-
     command = [sys.executable, "-P", "-c", FAERY, str(path), kind]
     with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as child:
         sensor = tuple(map(int, child.stdout.readline().split()))
-        for rows in records(child.stdout, path, [("t", "<u8"), ("x", "<u2"), ("y", "<u2"), ("p", "u1")]):
-            yield Events(*(rows[name] for name in "xytp"), sensor=None if sensor == (2048, 2048) else sensor)
+        for rows in records(child.stdout, [("t", "<u8"), ("x", "<u2"), ("y", "<u2"), ("p", "u1")]):
+            yield Events(*(rows[name] for name in "xytp"), str(path), None if sensor == (2048, 2048) else sensor)
         if child.wait():
             said.seek(0)
-            raise RuntimeError(" ".join(said.read().decode(errors="replace").splitlines()[-1:]) or "faery failed")
+            reason = " ".join(said.read().decode(errors="replace").splitlines()[-1:]) or "faery failed"
+            raise ImportError(reason, name="faery") if "No module named" in reason else RuntimeError(reason)
 
 
 def read_dat(path: Path, args: argparse.Namespace) -> Iterator[Events]:
@@ -89,9 +84,9 @@ def read_dat(path: Path, args: argparse.Namespace) -> Iterator[Events]:
         fits = file.read(2) in (b"\0\b", b"\x0c\b") and b"% Version 1" not in head
         need(fits, f"{path}: holds no events of type 0 or 12 in 8 bytes, version 2; no others are read")
         sides = [int(n) for side in (b"Width", b"Height") for n in re.findall(rb"% " + side + rb" (\d+)", head)[:1]]
-        for rows in records(file, path, [("t", "<u4"), ("xyp", "<u4")]):
+        for rows in records(file, [("t", "<u4"), ("xyp", "<u4")]):
             x, y, p = (rows["xyp"] >> low & mask for low, mask in ((0, 0x3FFF), (14, 0x3FFF), (28, 1)))
-            yield Events(x, y, rows["t"], p, sensor=tuple(sides) if len(sides) == 2 else None)
+            yield Events(x, y, rows["t"], p, str(path), tuple(sides) if len(sides) == 2 else None)
 
 
 def read_aedat2(path: Path, args: argparse.Namespace) -> Iterator[Events]:
@@ -100,28 +95,27 @@ def read_aedat2(path: Path, args: argparse.Namespace) -> Iterator[Events]:
         head = re.match(rb"(?:#.*\n)*", file.read(2**20))[0]
         file.seek(len(head))
         other = re.search(rb"AEChip: (?!\S*DVS128)", head)
-        for rows in records(file, path, [("address", ">u4"), ("t", ">i4")]):
+        for rows in records(file, [("address", ">u4"), ("t", ">i4")]):
             need(not other and rows["address"].max() < 2**16, f"{path}: is not of a DVS128; save it as .aedat4")
             rows = rows[rows["address"] < 2**15]  # the others are signals from outside
             x, y, p = (mask - (rows["address"] >> low & mask) for low, mask in ((1, 127), (8, 127), (0, 1)))
-            yield Events(x, y, rows["t"], p, sensor=(128, 128))
+            yield Events(x, y, rows["t"], p, str(path), (128, 128))
 
 
 def read_bin(path: Path, args: argparse.Namespace) -> Iterator[Events]:
     """N-MNIST's: x, y, then 1 bit of p and 23 of t. Where y is 240, no event, 2**13 us are added from there on."""
-    with path.open("rb") as file:
-        rows = np.concatenate(list(records(file, path, [("x", "u1"), ("y", "u1"), ("pt", "u1", 3)])))
+    rows = np.frombuffer(path.read_bytes(), [("x", "u1"), ("y", "u1"), ("pt", "u1", 3)])
     pt, wraps = rows["pt"] @ np.array([2**16, 2**8, 1]), rows["y"] == 240
     t = (pt & 0x7FFFFF) + 2**13 * np.cumsum(wraps)
     need(10 * (t[1:] < t[:-1]).sum() <= len(t), f"{path}: its times are in disorder; of .bin only N-MNIST's is read")
-    yield Events(*(column[~wraps] for column in (rows["x"], rows["y"], t, pt >> 23)))
+    yield Events(*(column[~wraps] for column in (rows["x"], rows["y"], t, pt >> 23)), str(path))
 
 
-def whole_microseconds(t: np.ndarray, unit: str | None, name: str | Path) -> np.ndarray:
+def whole_microseconds(t: np.ndarray, unit: str | None, path: Path) -> np.ndarray:
     """Times in `unit` as int64. None: floats are seconds, whole numbers microseconds."""
     scale = MICROSECONDS[unit or ("s" if t.dtype.kind == "f" else "us")]
     fine = t.dtype.kind in "iuf" and (not len(t) or -(2**62) < t.min() * scale <= t.max() * scale < 2**62)
-    need(fine, f"{name}: holds times that are no numbers, or too large; drop them, or give --time-unit")
+    need(fine, f"{path}: holds times that are no numbers, or too large; drop them, or give --time-unit")
     return np.rint(t * scale).astype(np.int64)
 
 
@@ -155,21 +149,17 @@ def read_hdf5(path: Path, args: argparse.Namespace) -> Iterator[Events]:
         told = f"{len(mine)} recordings of the {args.camera} camera in {', '.join(tables or (n.name for n in nodes))}"
         need(len(mine) == 1, f"{path}: holds {told}; give --camera, or a file with x, y, t, p in one group")
         (rows, count), offset = tables[mine[0]], file["t_offset"][()] if "t_offset" in file else 0
+        sensor = tuple(int(side) for side in file.attrs.get("sensor_resolution", ())[::-1]) or None  # was height, width
 
-        def read(a: int, b: int):
+        def piece(a: int, b: int) -> Events:
             x, y, t, p = rows(a, b)
-            return x, y, t.astype(np.int64) + offset if offset else t, p
-
-        def time(row: int) -> int:
-            return whole_microseconds(read(row, row + 1)[2], args.time_unit, path)[0]
+            t = whole_microseconds(t.astype(np.int64) + offset if offset else t, args.time_unit, path)
+            return Events(x, y, t, p, str(path), sensor)
 
         cuts = zip((bisect_left, bisect_right), args.window, strict=True)
-        start, end = (cut(range(count), edge, key=time) for cut, edge in cuts)
-        sensor = tuple(int(side) for side in file.attrs.get("sensor_resolution", ())[::-1]) or None  # was height, width
-        for a in range(start, end, PIECE):
-            yield Events(*read(a, min(a + PIECE, end)), sensor=sensor)
-        if start == end and count:  # the recording's span
-            yield from (Events(*read(row, row + 1)) for row in (0, count - 1))
+        start, end = (cut(range(count), edge, key=lambda row: piece(row, row + 1).t[0]) for cut, edge in cuts)
+        yield from (piece(a, min(a + PIECE, end)) for a in range(start, end, PIECE))
+        yield from (piece(row, row + 1) for row in (0, count - 1) if start == end and count)  # for the span
 
 
 def read_text(path: Path, args: argparse.Namespace) -> Iterator[Events]:
@@ -178,7 +168,7 @@ def read_text(path: Path, args: argparse.Namespace) -> Iterator[Events]:
         sensor, names, words = None, [], []
         for line in file:
             words = re.split(r"\s*[,;]\s*|\s+", re.sub(r'\[.*?\]|["#%]', "", line).strip())
-            if not re.fullmatch(r"[-+.\d][.\deE]*([-+]\d+)?", words[0]) or words[0] == "-":
+            if not re.fullmatch(r"[-+]?\.?\d[-+.\deE]*", words[0]):
                 names = words if pick(words) else names
             elif len(words) == 2:
                 sensor = tuple(map(int, words))
@@ -195,19 +185,17 @@ def read_text(path: Path, args: argparse.Namespace) -> Iterator[Events]:
         seconds = fractions(first[:, columns[2]]) or set(words[columns[2]]) & set(".eE")
         for rows in chain([first], tables):
             x, y, t, p = rows[:, columns].T
-            yield Events(x, y, t if seconds else t.astype(np.int64), p, sensor=sensor)
+            t = whole_microseconds(t, args.time_unit or ("s" if seconds else "us"), path)
+            yield Events(x, y, t, p, str(path), sensor)
 
 
 def collect(pieces: Iterator[Events], args: argparse.Namespace, place: Rectification | None) -> tuple[Events, int]:
-    """The events in the window, at the image's pixels if there is a `place`, and how many lay outside the image. Ends
-    when a piece is past the window. Raises ValueError if none are left."""
+    """The events in the window, at the image's pixels if there is a `place`, and how many lay outside the image."""
     name, (start, end), found, count, spans, outside = str(args.recording), args.window, [], 0, [], 0
     for piece in filter(len, pieces):
-        t = whole_microseconds(piece.t, args.time_unit, name)
-        piece = Events(piece.x, piece.y, t, piece.p, name, piece.sensor)
         check_events(piece)
-        need(min(piece.extent) >= 0, f"{name}: x or y goes below 0; drop those events")
-        x, y, sensor, inside = piece.x, piece.y, piece.sensor, (t >= start) & (t <= end)
+        x, y, t, sensor = piece.x, piece.y, piece.t.astype(np.int64), piece.sensor
+        inside = (t >= start) & (t <= end)
         if place:
             lands, sensor = place.lands(piece), place.size
             y, x = np.divmod(lands, sensor[0])
@@ -218,7 +206,7 @@ def collect(pieces: Iterator[Events], args: argparse.Namespace, place: Rectifica
         need(count <= MOST, f"{name}: holds over {MOST:.0e} events; give a shorter --window")
         if sys.stderr.isatty():
             print(f"\r{count} events\033[K", end="\r", file=sys.stderr, flush=True)
-        if count and piece.span[0] > end:
+        if count and piece.span[0] > end:  # what comes is later still
             break
     need(spans, f"{name}: holds no event; give another recording")
     need(count or not outside, f"{name}: all {outside} events lie outside the image; give the map of this --camera")
@@ -232,9 +220,10 @@ def run(args: argparse.Namespace) -> None:
     need(args.window[0] < args.window[1], "window: give a start and a later end")
     need((args.rectify is None) == (args.calibration is None), "rectify and calibration need each other; give both")
     check_output(args.output, ".npy", map(str, filter(None, (args.recording, args.rectify, args.calibration))))
-    place = read_rectification(args.rectify, args.calibration, args.camera) if args.rectify else None
-    with reading(args.recording):
-        events, outside = collect(find_reader(args.recording)(args.recording, args), args, place)
+    with warnings_as_lines("convert"):
+        place = read_rectification(args.rectify, args.calibration, args.camera) if args.rectify else None
+        with reading(args.recording):
+            events, outside = collect(find_reader(args.recording)(args.recording, args), args, place)
     save_events(events, args.output)
     told = f"wrote {len(events)} events to {args.output}: " + "x {} to {}, y {} to {}".format(*events.extent)
     told += ", {:.0f} to {:.0f} us".format(*events.span)

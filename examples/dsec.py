@@ -7,6 +7,8 @@ Glossary
                      image right, 3 events right
 """
 
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +28,9 @@ class Rectification:
 
     def lands(self, events: Events) -> np.ndarray:
         """Where each event lies in the image, as `events.land` says. Raises ValueError for events outside the map."""
-        (height, width, _), (_, right, _, bottom) = self.map.shape, events.extent
-        told = f"{events.name}: reaches x {right} and y {bottom}, the map has {width} x {height} pixels"
-        need(right < width and bottom < height, f"{told}; give the map of this camera")
+        (height, width, _), (left, right, top, bottom) = self.map.shape, events.extent
+        told = f"{events.name}: covers x {left} to {right} and y {top} to {bottom}, the map {width} x {height} pixels"
+        need(min(left, top) >= 0 and right < width and bottom < height, f"{told}; give the map of this camera")
         return land(self.H, *self.map[events.y, events.x].T, self.size)
 
 
@@ -43,7 +45,11 @@ def at_infinity(calibration: dict, camera: str) -> np.ndarray:
 
 
 def read_rectification(map: Path, calibration: Path, camera: str) -> Rectification:
-    """From rectify_map.h5 and cam_to_cam.yaml. Raises ValueError that names the file."""
+    """From rectify_map.h5 and cam_to_cam.yaml. Raises ValueError that names the file. Warns of a map that seems to be of
+    the other camera."""
+    other, words = {"left": "right", "right": "left"}[camera], re.split(r"[^a-z]+", str(map.resolve()).lower())
+    if other in words and camera not in words:
+        warnings.warn(f"{map}: is it the {other} camera's? camera is {camera}", stacklevel=2)
     with reading(map):
         import h5py
 
