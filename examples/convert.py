@@ -169,7 +169,7 @@ def read_text(path: Path, args: argparse.Namespace) -> Iterator[Events]:
         for line in file:
             words = re.split(r"\s*[,;]\s*|\s+", re.sub(r'\[.*?\]|["#%]', "", line).strip())
             if not re.fullmatch(r"[-+]?\.?\d[-+.\deE]*", words[0]):
-                names = words if pick(words) else names
+                names, words = words if pick(words) else names, []
             elif len(words) == 2:
                 sensor = tuple(map(int, words))
             elif line[0] not in "#%":
