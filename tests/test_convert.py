@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import convert
-from common import ROOT
 from convert import READ, main
 from dsec import at_infinity, read_rectification
 from events import Events, read_events
@@ -23,7 +22,7 @@ RNG = np.random.default_rng(0)
 COUNT = 3000
 T = np.sort(RNG.integers(1000, 200_000, COUNT))
 X, Y, P = RNG.integers(0, 34, COUNT), RNG.integers(0, 30, COUNT), RNG.integers(0, 2, COUNT)
-SENSOR = (64, 48)
+ALL, SENSOR = (X, Y, T, P), (64, 48)
 
 
 def bits(*fields) -> np.ndarray:
@@ -78,8 +77,8 @@ def hdf5(change) -> bytes:
     return file.getvalue()
 
 
-def group(h5, where: str, x, y, t, p, names="xytp", **options) -> None:
-    for name, column in zip(names if isinstance(names, tuple) else tuple(names), (x, y, t, p), strict=True):
+def group(h5, where: str, *columns, names="xytp", **options) -> None:
+    for name, column in zip(names, columns, strict=True):
         h5.create_dataset(f"{where}/{name}", data=column, **options)
 
 
@@ -90,15 +89,14 @@ def dsec(h5, x=X, y=Y, t=T, p=P) -> None:
 
 
 def m3ed(h5) -> None:
-    group(h5, "prophesee/left", X.astype("u2"), Y.astype("u2"), T, P.astype("i1"))
-    group(h5, "prophesee/right", X[::-1].astype("u2"), Y.astype("u2"), T, P.astype("i1"))
+    for camera, x in (("left", X), ("right", X[::-1])):
+        group(h5, f"prophesee/{camera}", x.astype("u2"), Y.astype("u2"), T, P.astype("i1"))
     h5["ovc/ts"] = np.arange(3)
 
 
 def mvsec(h5) -> None:
-    seconds = T / 1e6 + 1.5e9
-    h5["davis/left/events"] = np.stack([X, Y, seconds, 2 * P - 1], axis=1)
-    h5["davis/right/events"] = np.stack([X[::-1], Y, seconds, 2 * P - 1], axis=1)
+    for camera, x in (("left", X), ("right", X[::-1])):
+        h5[f"davis/{camera}/events"] = np.stack([x, Y, T / 1e6 + 1.5e9, 2 * P - 1], axis=1)
     h5["davis/left/imu"] = np.zeros((9, 6))
 
 
@@ -107,22 +105,18 @@ def e2vid(h5) -> None:
     h5.attrs["sensor_resolution"] = SENSOR[::-1]
 
 
-def v2e(h5) -> None:
-    h5["events"] = np.stack([T, X, Y, P], axis=1).astype("u4")
-
-
 MADE = {  # name: (bytes, sensor)
-    "evt2.raw": (evt2(X, Y, T, P), None),
-    "evt3.raw": (evt3(X, Y, T, P), SENSOR),
-    "type12.dat": (dat(X, Y, T, P), SENSOR),
-    "type0.dat": (dat(X, Y, T, P, kind=0, head="% Data file containing Event2d events.\n% Version 2\n"), None),
-    "dvs128.aedat": (aedat2(X, Y, T, P), (128, 128)),
+    "evt2.raw": (evt2(*ALL), None),
+    "evt3.raw": (evt3(*ALL), SENSOR),
+    "type12.dat": (dat(*ALL), SENSOR),
+    "type0.dat": (dat(*ALL, kind=0, head="% Data file containing Event2d events.\n% Version 2\n"), None),
+    "dvs128.aedat": (aedat2(*ALL), (128, 128)),
     "nmnist.bin": (nmnist(X, Y, T + 2**13, P), None),
     "dsec.h5": (hdf5(dsec), None),
     "m3ed.h5": (hdf5(m3ed), None),
     "mvsec.hdf5": (hdf5(mvsec), None),
     "e2vid.h5": (hdf5(e2vid), SENSOR),
-    "v2e.h5": (hdf5(v2e), None),
+    "v2e.h5": (hdf5(lambda h5: h5.create_dataset("events", data=np.stack([T, X, Y, P], 1).astype("u4"))), None),
     "seconds.txt": (text(T / 1e6, X, Y, P, whole=False), None),
     "whole.csv": (text(X, Y, P, T, mark=","), None),
     "sensor.txt": (text(T / 1e6, X, Y, P, head="64 48\n", whole=False), SENSOR),
@@ -179,7 +173,7 @@ def test_aedat4(run, tmp_path):
     faery.events_stream_from_array(events, dimensions=SENSOR).to_file(tmp_path / "made.aedat4")
     status, said, rows = run("a.aedat4", (tmp_path / "made.aedat4").read_bytes())
     assert status == 0 and said.endswith("; the sensor is 64 x 48 (--sensor 64x48)\n")
-    assert_rows(rows, X, Y, T, P)
+    assert_rows(rows, *ALL)
 
 
 @given(recordings(min_size=1), st.sampled_from([dat, aedat2, lambda x, y, t, p: text(t, x, y, p, head="t x y p\n")]))
@@ -246,16 +240,16 @@ def test_time_unit(run, unit, scale):
 
 def test_order_and_camera(run):
     _, _, rows = run("a.txt", text(P, Y, X, T), "--order", "pyxt")
-    assert_rows(rows, X, Y, T, P)
-    _, _, rows = run(
-        "a.h5", hdf5(lambda h5: h5.create_dataset("events", data=np.stack([P, T, Y, X], 1))), "--order", "ptyx"
-    )
-    assert_rows(rows, X, Y, T, P)
+    assert_rows(rows, *ALL)
+    table = np.stack([P, T, Y, X], axis=1)
+    _, _, rows = run("a.h5", hdf5(lambda h5: h5.create_dataset("events", data=table)), "--order", "ptyx")
+    assert_rows(rows, *ALL)
     for name in ("m3ed.h5", "mvsec.hdf5"):
         _, _, rows = run(name, MADE[name][0], "--camera", "right")
         assert_rows(rows, X[::-1], Y, T + SHIFT.get(name, 0), P)
 
 
+MAP = b"\x93NUMPY\1\0\x3a\0{'descr': '<i4', 'fortran_order': False, 'shape': (1, 1)}\n\0\0\0\0"
 REFUSED = {
     "empty.raw": (b"", (), "is empty"),
     "unknown.xyz": (bytes(range(256)), (), READ),
@@ -263,45 +257,33 @@ REFUSED = {
     "aedat3.aedat": (b"#!AER-DAT3.1\r\n\x00\x01", (), READ),
     "evt21.raw": (b"% evt 2.1\n% end\n" + bytes(80), (), "not EVT2.1; convert it with"),
     "evt21b.raw": (b"% integrator Prophesee\n% format EVT21;height=48;width=64\n", (), "not EVT2.1; convert it with"),
-    "bare.raw": (evt2(X, Y, T, P, head=""), (), READ),
+    "bare.raw": (evt2(*ALL, head=""), (), READ),
     "wide.raw": (evt3(X + 64, Y, T, P), (), "x overflow"),
     "none.raw": (b"% evt 3.0\n% end\n", (), "holds no event"),
-    "cut.dat": (dat(X, Y, T, P)[:-3], (), "cut short"),
-    "cut.aedat": (aedat2(X, Y, T, P)[:-3], (), "cut short"),
-    "cut.bin": (nmnist(X, Y, T, P)[:-3], (), "cut short"),
-    "cut.h5": (MADE["dsec.h5"][0][:-999], (), "cut short"),
+    "cut.dat": (dat(*ALL)[:-3], (), "cut short"),
+    "cut.aedat": (aedat2(*ALL)[:-3], (), "cut short"),
+    "cut.bin": (nmnist(*ALL)[:-3], (), "cut short"),
+    "cut.h5": (hdf5(dsec)[:-999], (), "cut short"),
     "cut.txt": (text(T, X, Y, P) + b"200001 3", (), "cut short"),
-    "trigger.dat": (dat(X, Y, T, P, kind=14), (), "type 0 or 12"),
-    "davis.aedat": (aedat2(X, Y, T, P, chip="eu.seebetter.ini.chips.davis.Davis240C"), (), "not of a DVS128"),
+    "trigger.dat": (dat(*ALL, kind=14), (), "type 0 or 12"),
+    "davis.aedat": (aedat2(*ALL, chip="eu.seebetter.ini.chips.davis.Davis240C"), (), "not of a DVS128"),
     "noise.bin": (RNG.bytes(5000), (), "times are in disorder"),
     "no.h5": (hdf5(lambda h5: h5.create_dataset("image", data=X)), (), "0 recordings of the left camera in /, /image"),
-    "left.h5": (hdf5(lambda h5: group(h5, "dvs/left", X, Y, T, P)), ("--camera", "right"), "give --camera"),
-    "two.h5": (hdf5(lambda h5: [group(h5, name, X, Y, T, P) for name in "ab"]), (), "holds 2 recordings"),
+    "left.h5": (hdf5(lambda h5: group(h5, "dvs/left", *ALL)), ("--camera", "right"), "give --camera"),
+    "two.h5": (hdf5(lambda h5: [group(h5, name, *ALL) for name in "ab"]), (), "holds 2 recordings"),
     "nan.h5": (hdf5(lambda h5: group(h5, "events", X, Y, T * np.nan, P)), (), "times that are no numbers"),
     "short.h5": (hdf5(lambda h5: group(h5, "events", X[:-1], Y, T, P)), (), "x has 2999 values"),
     "three.txt": (text(T, X, Y), (), "no row of four numbers"),
     "order.txt": (text(Y, X, T % 7, P * 3), (), "give order"),
     "polarity.txt": (text(T, X, Y, P), ("--order", "xytp"), "x goes up to"),
     "scaled.txt": (text(T, X * 320, Y, P), (), "no sensor has so many pixels"),
-    "late.dat": (
-        dat(X, Y, T, P),
-        ("--window", "1s", "2s"),
-        f"from 1000000 to 2000000 us, it goes from {T[0]} to {T[-1]}",
-    ),
-    "late.h5": (
-        MADE["dsec.h5"][0],
-        ("--window", "1s", "2s"),
-        f"from 1000000 to 2000000 us, it goes from {T[0]} to {T[-1]}",
-    ),
-    "back.dat": (dat(X, Y, T, P), ("--window", "2", "1"), "window: give a start and a later end"),
-    "half.h5": (MADE["dsec.h5"][0], ("--rectify", "half.h5"), "need each other"),
+    "late.dat": (dat(*ALL), ("--window", "1s", "2e6"), f"from 1000000 to 2000000 us, it goes from {T[0]} to {T[-1]}"),
+    "late.h5": (hdf5(dsec), ("--window", "1s", "2e6"), f"from 1000000 to 2000000 us, it goes from {T[0]} to {T[-1]}"),
+    "back.dat": (dat(*ALL), ("--window", "2", "1"), "window: give a start and a later end"),
+    "half.h5": (hdf5(dsec), ("--rectify", "half.h5"), "need each other"),
     "pickle.npy": (b"\x80\x04.", (), "says how to convert a pickle"),
-    "good.npy": (
-        b"\x93NUMPY\1\0\x3e\0{'descr': '<i4', 'fortran_order': 0 > 1, 'shape': (0, 4)}".ljust(72),
-        (),
-        "needs no conversion",
-    ),
-    "same.npy": (dat(X, Y, T, P), ("-o", "same.npy"), "one of the inputs"),
+    "good.npy": (MAP, (), "needs no conversion; give it to epvlm.py"),
+    "same.npy": (dat(*ALL), ("-o", "same.npy"), "one of the inputs"),
 }
 
 
@@ -341,22 +323,23 @@ def test_library_in_a_process_of_its_own(run, monkeypatch, program, words):
 
 @pytest.mark.parametrize("package", ["h5py", "hdf5plugin"])
 def test_missing_package(run, monkeypatch, package):
+    content, _ = MADE["dsec.h5"]
     monkeypatch.setitem(convert.sys.modules, package, None)
-    status, said, _ = run("a.h5", MADE["dsec.h5"][0])
+    status, said, _ = run("a.h5", content)
     assert status == 2
     assert said == f"convert: error: a.h5: needs {package}; pip install -r examples/requirements-convert.txt\n"
 
 
 def test_most(run, monkeypatch):
     monkeypatch.setattr(convert, "MOST", 100)
-    status, said, _ = run("a.dat", dat(X, Y, T, P))
+    status, said, _ = run("a.dat", dat(*ALL))
     assert status == 2 and "holds over 1e+02 events; give a shorter --window" in said
-    assert run("a.dat", dat(X, Y, T, P), "--window", str(T[10]), str(T[50]))[0] == 0
+    assert run("a.dat", dat(*ALL), "--window", str(T[10]), str(T[50]))[0] == 0
 
 
 def test_progress_on_a_terminal(run, monkeypatch):
     monkeypatch.setattr(convert.sys.stderr, "isatty", lambda: True, raising=False)
-    assert f"\r{COUNT} events\033[K\r" in run("a.dat", dat(X, Y, T, P))[1]
+    assert f"\r{COUNT} events\033[K\r" in run("a.dat", dat(*ALL))[1]
 
 
 # DSEC
@@ -406,9 +389,9 @@ def test_rectified_wrongly(run, mapped, tmp_path):
     (tmp_path / "right" / "map.h5").write_bytes((tmp_path / "map.h5").read_bytes())
     status, said, _ = run("a.dat", dat(X, Y + 1, T, P), "--rectify", "right/map.h5", *mapped[2:])
     assert status == 0 and "warning: right/map.h5: is it the right camera's? camera is left" in said
-    for name, content in (("calibration.yaml", b"intrinsics: 3"), ("map.h5", MADE["dsec.h5"][0]), ("map.h5", b"")):
+    for name, content in (("calibration.yaml", b"intrinsics: 3"), ("map.h5", hdf5(dsec)), ("map.h5", b"")):
         (tmp_path / name).write_bytes(content)
-        status, said, _ = run("a.dat", dat(X, Y, T, P), *mapped)
+        status, said, _ = run("a.dat", dat(*ALL), *mapped)
         assert status == 2 and said.count("\n") == 1 and f"error: {name}: cannot be read (" in said, said
 
 
@@ -426,8 +409,8 @@ def test_real_calibration(data):
 
 
 def test_at_infinity_by_hand():
-    """A quarter turn, of the left image by T_10, of the right by R_rect2: an event at (42, 24), 0.1 right of the middle,
-    lies 0.1 below it, at (64, 48 + 20)."""
+    """A quarter turn, of the left image by T_10, of the right by R_rect2: (42, 24), right of the middle by a tenth of
+    the distance, goes below it, to (64, 48 + 20)."""
     for camera in ("left", "right"):
         u, v, w = at_infinity(calibration(np.pi / 2), camera) @ [42, 24, 1]
         np.testing.assert_allclose([u / w, v / w], [64, 68])
