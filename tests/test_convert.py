@@ -1,4 +1,4 @@
-"""Recordings of every kind, made here or real, against what they hold; windows, DSEC's images, and what is refused."""
+"""Recordings of every kind, made here or real, against what they hold; windows, units, and what is refused."""
 
 import io
 import json
@@ -8,14 +8,12 @@ import h5py
 import hdf5plugin
 import numpy as np
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 import convert
 from convert import READ, main
-from dsec import at_infinity, read_rectification
-from events import Events, read_events
+from events import read_events
 from strategies import recordings
 
 RNG = np.random.default_rng(0)
@@ -82,8 +80,8 @@ def group(h5, where: str, *columns, names="xytp", **options) -> None:
         h5.create_dataset(f"{where}/{name}", data=column, **options)
 
 
-def dsec(h5, x=X, y=Y, t=T, p=P) -> None:
-    columns = (x.astype("u2"), y.astype("u2"), (t - 1000).astype("u4"), p.astype("u1"))
+def dsec(h5) -> None:
+    columns = (X.astype("u2"), Y.astype("u2"), (T - 1000).astype("u4"), P.astype("u1"))
     group(h5, "events", *columns, chunks=(256,), **hdf5plugin.Blosc(cname="zstd"))
     h5["t_offset"], h5["ms_to_idx"] = np.int64(1000), np.zeros(10, dtype="u8")
 
@@ -280,7 +278,6 @@ REFUSED = {
     "late.dat": (dat(*ALL), ("--window", "1s", "2e6"), f"from 1000000 to 2000000 us, it goes from {T[0]} to {T[-1]}"),
     "late.h5": (hdf5(dsec), ("--window", "1s", "2e6"), f"from 1000000 to 2000000 us, it goes from {T[0]} to {T[-1]}"),
     "back.dat": (dat(*ALL), ("--window", "2", "1"), "window: give a start and a later end"),
-    "half.h5": (hdf5(dsec), ("--rectify", "half.h5"), "need each other"),
     "pickle.npy": (b"\x80\x04.", (), "says how to convert a pickle"),
     "good.npy": (MAP, (), "needs no conversion; give it to epvlm.py"),
     "same.npy": (dat(*ALL), ("-o", "same.npy"), "one of the inputs"),
@@ -340,77 +337,3 @@ def test_most(run, monkeypatch):
 def test_progress_on_a_terminal(run, monkeypatch):
     monkeypatch.setattr(convert.sys.stderr, "isatty", lambda: True, raising=False)
     assert f"\r{COUNT} events\033[K\r" in run("a.dat", dat(*ALL))[1]
-
-
-# DSEC
-
-
-def calibration(angle: float) -> dict:
-    """Lenses of the event cameras of 100 pixels, of the frame cameras of 200, all at the middle; the right frame camera
-    turned by `angle` against the others, by R_rect2, and the left one by T_10."""
-    turn = np.array([[np.cos(angle), -np.sin(angle), 0], [np.sin(angle), np.cos(angle), 0], [0, 0, 1]])
-    T_10, R_rect2 = np.eye(4), turn.tolist()
-    T_10[:3, :3] = turn
-    event, frame = {"camera_matrix": [100, 100, 32, 24]}, {"camera_matrix": [200, 200, 64, 48], "resolution": [128, 96]}
-    one = np.eye(3).tolist()
-    turns = {"T_10": T_10.tolist(), "T_32": np.eye(4).tolist(), "R_rect0": one, "R_rect1": one, "R_rect3": one}
-    intrinsics = {"camRect0": event, "camRect1": frame, "camRect2": frame, "camRect3": event}
-    return {"intrinsics": intrinsics, "extrinsics": {**turns, "R_rect2": R_rect2}}
-
-
-@pytest.fixture
-def mapped(tmp_path):
-    """Flags that name a map, which moves all by a pixel to the right, and a calibration, which then makes a half turn
-    about the middle, (32, 24) of the events and (64, 48) of the image, and doubles the size."""
-    (tmp_path / "calibration.yaml").write_text(yaml.safe_dump(calibration(np.pi)))
-    shifted = np.stack(np.meshgrid(np.arange(64.0) + 1, np.arange(48.0)), axis=-1).astype("f4")
-    (tmp_path / "map.h5").write_bytes(hdf5(lambda h5: h5.create_dataset("rectify_map", data=shifted)))
-    return "--rectify", "map.h5", "--calibration", "calibration.yaml"
-
-
-@pytest.mark.parametrize("camera", ["left", "right"])
-def test_rectified(run, mapped, camera):
-    """To whole pixels of the image; those outside are counted. Events at x, y, so that 128 - 2 (x + 1) = 128 is out."""
-    x, y = X.copy(), Y.copy() + 1
-    x[:7] = 63  # 64 - 2 (64 - 32) = 0: inside, the first column
-    y[7:9] = 0  # 48 - 2 (0 - 24) = 96: outside
-    status, said, rows = run("a.h5", hdf5(lambda h5: dsec(h5, x, y)), *mapped, "--camera", camera)
-    inside = np.arange(COUNT) != np.clip(np.arange(COUNT), 7, 8)
-    assert status == 0 and said.endswith("; 2 lay outside the image of 128 x 96\n"), said
-    assert_rows(rows, *(column[inside] for column in (126 - 2 * x, 96 - 2 * y, T, P)))
-
-
-def test_rectified_wrongly(run, mapped, tmp_path):
-    status, said, _ = run("a.dat", dat(X + 40, Y, T, P), *mapped)
-    assert status == 2 and "the map 64 x 48 pixels; give the map of this camera" in said
-    status, said, _ = run("a.dat", dat(X, Y * 0, T, P), *mapped)
-    assert status == 2 and f"all {COUNT} events lie outside the image" in said
-    (tmp_path / "right").mkdir()
-    (tmp_path / "right" / "map.h5").write_bytes((tmp_path / "map.h5").read_bytes())
-    status, said, _ = run("a.dat", dat(X, Y + 1, T, P), "--rectify", "right/map.h5", *mapped[2:])
-    assert status == 0 and "warning: right/map.h5: is it the right camera's? camera is left" in said
-    for name, content in (("calibration.yaml", b"intrinsics: 3"), ("map.h5", hdf5(dsec)), ("map.h5", b"")):
-        (tmp_path / name).write_bytes(content)
-        status, said, _ = run("a.dat", dat(*ALL), *mapped)
-        assert status == 2 and said.count("\n") == 1 and f"error: {name}: cannot be read (" in said, said
-
-
-def test_real_calibration(data):
-    """The homography that README.md of the data says, for both cameras, from the map's pixels."""
-    folder = data / "recordings" / "formats"
-    known = [[1.96471, -0.012294, 63.108], [-1.5e-5, 1.95597, 145.738], [-8.7e-7, -1.63e-5, 1]]
-    for camera in ("left", "right"):
-        place = read_rectification(folder / "rectify_map.h5", folder / "cam_to_cam.yaml", camera)
-        np.testing.assert_allclose(place.H / place.H[2, 2], known, rtol=1e-2, atol=5e-4)
-        assert place.size == (1440, 1080)
-        x, y, _ = place.H @ [*place.map[240, 320], 1] / (place.H[2] @ [*place.map[240, 320], 1])
-        events = Events(np.array([320]), np.array([240]), np.zeros(1), np.ones(1))
-        assert place.lands(events)[0] == round(y) * 1440 + round(x)
-
-
-def test_at_infinity_by_hand():
-    """A quarter turn, of the left image by T_10, of the right by R_rect2: (42, 24), right of the middle by a tenth of
-    the distance, goes below it, to (64, 48 + 20)."""
-    for camera in ("left", "right"):
-        u, v, w = at_infinity(calibration(np.pi / 2), camera) @ [42, 24, 1]
-        np.testing.assert_allclose([u / w, v / w], [64, 68])
