@@ -33,7 +33,7 @@ sys.stdout.buffer.writelines(packet.tobytes() for packet in stream)"""
 
 def find_reader(path: Path) -> Callable[[Path, argparse.Namespace], Iterator[Events]]:
     """Tells the kind of a file from its first bytes; a .bin has only its name."""
-    need(path.is_file() and path.stat().st_size > 0, f"{path}: is empty, or not a file; give a recording")
+    need(path.is_file() and path.stat().st_size > 0, f"{path}: no such file, or an empty one; give a recording")
     with path.open("rb") as file:
         head = file.read(2**14)
     if head.startswith((b"\x93NUMPY", b"PK", b"\x80")):

@@ -249,7 +249,7 @@ def test_order_and_camera(run):
 
 MAP = b"\x93NUMPY\1\0\x3a\0{'descr': '<i4', 'fortran_order': False, 'shape': (1, 1)}\n\0\0\0\0"
 REFUSED = {
-    "empty.raw": (b"", (), "is empty"),
+    "empty.raw": (b"", (), "no such file, or an empty one"),
     "unknown.xyz": (bytes(range(256)), (), READ),
     "words.txt": (b"a recording of events\n", (), READ),
     "aedat3.aedat": (b"#!AER-DAT3.1\r\n\x00\x01", (), READ),
