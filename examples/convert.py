@@ -170,7 +170,7 @@ def read_text(path: Path, args: argparse.Namespace) -> Iterator[Events]:
             words = re.split(r"\s*[,;]\s*|\s+", re.sub(r'\[.*?\]|["#%]', "", line).strip())
             if not re.fullmatch(r"[-+]?\.?\d[-+.\deE]*", words[0]):
                 names, words = words if pick(words) else names, []
-            elif len(words) == 2:
+            elif len(words) == 2 and all(map(str.isdigit, words)):
                 sensor = tuple(map(int, words))
             elif line[0] not in "#%":
                 break

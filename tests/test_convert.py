@@ -271,6 +271,7 @@ REFUSED = {
     "two.h5": (hdf5(lambda h5: [group(h5, name, *ALL) for name in "ab"]), (), "holds 2 recordings"),
     "nan.h5": (hdf5(lambda h5: group(h5, "events", X, Y, T * np.nan, P)), (), "times that are no numbers"),
     "short.h5": (hdf5(lambda h5: group(h5, "events", X[:-1], Y, T, P)), (), "x has 2999 values"),
+    "images.txt": (b"0.003811000 images/frame_0.png\n0.1 images/frame_1.png\n", (), "no row of four numbers"),
     "three.txt": (text(T, X, Y), (), "no row of four numbers"),
     "order.txt": (text(Y, X, T % 7, P * 3), (), "give order"),
     "polarity.txt": (text(T, X, Y, P), ("--order", "xytp"), "x goes up to"),
