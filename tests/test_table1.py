@@ -24,8 +24,8 @@ from pyarrow import parquet
 import scenes
 import table1
 import weights
-from camera import CameraOptions, camera, saccade, save_events
-from common import TINY
+from camera import CameraOptions, camera, saccade
+from common import TINY, save_events
 from epvlm import EPVLM, Options, Sampling
 from events import budget
 from llm import DecoderConfig
