@@ -84,3 +84,14 @@ def difference(ours: list[tuple[int, int]], other: list[tuple[int, int]]) -> str
     share = sum(ahead) / n
     half = 1.96 * sum((a - share * asked) ** 2 for a, (_, asked) in zip(ahead, ours, strict=True)) ** 0.5 / n
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in (share, share - half, share + half)))
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable]) -> str:
+    """A table."""
+    lines = [[str(cell).replace("|", r"\|") for cell in line] for line in (head, *rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def one_line(error: Exception | Warning) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
