@@ -7,15 +7,14 @@ README.md, Your own questions, says what a row of the data may hold and what the
 line of DIR/answers.jsonl, and --resume goes on after an interruption at any moment.
 
 Glossary
-    row      fields of KINDS, and `number` (from 0), `at` (for messages), `folder` (where its paths begin); one that
+    row      its fields (see KINDS), `number` from 0, `at` for messages, and `folder` where its paths begin; one that
              cannot be asked has `error` in the place of the fields
-    look     what decides what is looked at, fields of LOOK: once for all questions that share it
-    job      one question at one sparsity by one rule; the answer, or the error, makes it a record
+    look     the fields that say what is looked at (LOOK): it is done once for all questions that share it
+    record   one question at one sparsity by one rule (then it is a job), and the answer, or `error`
     exact    right by one rule of realworldqa.py; `choice` by the other
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -26,7 +25,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from io import BytesIO
 from itertools import chain, count, product
 from pathlib import Path
@@ -37,18 +35,17 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import distributed
 
+import common
 from camera import RADIUS, CameraOptions, camera, movie, saccade
-from common import Parser, accuracy, add_model, difference, exit_status, load, markdown, one_line, warnings_as_lines
 from epvlm import EPVLM, Options, Sampling, View, add_flags, chosen, microseconds, read_input, scale
 from events import RULES, need, read_events
 from realworldqa import choice, exact, normalise, options
 from vit import Clip, read_image
 
 KINDS = {"image": (str, bytes), "frames": (str, list), "times": (str, list), "fps": (int, float), "events": (str,),
-         "window": (list,), "homography": (str, list), "question": (str,), "answer": (str, int, float, list),
+         "window": (list,), "homography": (str, list), "question": (str,), "answer": (str, int, list),
          "choices": (list,), "group": (str, int)}  # fmt: skip
 LOOK = ("image", "frames", "times", "fps", "events", "window", "homography")
-RECORD = {"row", "image", "group", "sparsity", "rule", "exact", "choice", "tokens", "linear", "flops", "seconds"}
 FAULTS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError, argparse.ArgumentTypeError)  # of a row
 NO_ROW = "not a JSON object"
 
@@ -63,8 +60,8 @@ def find(data: str, revision: str | None = None) -> list[Path]:
         if not place.exists():
             place = Path(snapshot_download(data, repo_type="dataset", revision=revision, allow_patterns="*.parquet"))
     except Exception as error:  # whatever the hub's client, its network library and the disk raise
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise ValueError(f"{data}: neither here nor a dataset that can be downloaded ({reason}); correct it") from None
+        reason = f"neither here nor a dataset that can be downloaded ({type(error).__name__}: {common.one_line(error)})"
+        raise ValueError(f"{data}: {reason}; correct it") from None
     files = [place] if place.is_file() else sorted(place.rglob("*.parquet"))
     need(bool(files), f"{data}: no .parquet file in it; give the file, or a folder that holds it")
     return files
@@ -75,11 +72,11 @@ def rows(files: list[Path]) -> Iterator[dict]:
     number = count()
     for path in files:
         with path.open("rb") as file:
-            whole = parquet_rows(path) if file.peek(4)[:4] == b"PAR1" or path.suffix == ".parquet" else file
-            for place, read in enumerate(whole, 1):
-                if not isinstance(read, bytes) or read.strip():
+            parquet = file.peek(4)[:4] == b"PAR1" or path.suffix == ".parquet"
+            for place, read in enumerate(parquet_rows(path) if parquet else file, 1):
+                if not (isinstance(read, bytes) and read.isspace()):
                     named = {"number": next(number), "at": f"{path.name}:{place}", "folder": path.parent}
-                    yield checked(read) | named
+                    yield named | checked(read)
 
 
 def parquet_rows(path: Path) -> Iterator:
@@ -90,70 +87,54 @@ def parquet_rows(path: Path) -> Iterator:
     except ImportError:
         raise ValueError("pyarrow is not installed; pip install -r examples/requirements.txt") from None
     except (ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a whole parquet file ({one_line(error)}); fetch it again") from None
+        raise ValueError(f"{path}: not a whole parquet file ({common.one_line(error)}); fetch it again") from None
 
 
 def checked(read) -> dict:
-    """The fields that are filled of a line of JSON or a row of parquet, choices within the question; or the error."""
-    group = ""
+    """The filled fields of a line of JSON, or of a row of parquet: the question with its choices, the answer as a list
+    of texts. Of one that cannot be asked the error."""
+    row = {}
     try:
         try:
             found = json.loads(read.decode("utf-8-sig")) if isinstance(read, bytes) else read.to_pylist()[0]
         except (ValueError, RecursionError):
             found = None
         need(isinstance(found, dict), NO_ROW)
-        if unknown := ", ".join(found.keys() - KINDS.keys()):
-            warnings.warn(f"no fields of a row, and not used: {unknown}", stacklevel=2)
-        row = {name: value for name in KINDS if (value := bare(found.get(name))) not in (None, "", b"", [])}
-        group = str(row.get("group", ""))
+        if unknown := ", ".join(sorted(found.keys() - KINDS.keys())):
+            warnings.warn(f"the data have fields that are not used: {unknown}", stacklevel=2)
+        if isinstance(image := found.get("image"), dict):  # as the hub has it
+            found["image"] = image.get("bytes") or image.get("path")
+        row = {name: value for name in KINDS if (value := found.get(name)) not in (None, "", b"", [])}
         for name, value in row.items():
             kinds = " or ".join(kind.__name__ for kind in KINDS[name])
             need(isinstance(value, KINDS[name]) and not isinstance(value, bool), f"{name} {value!r:.60}: give {kinds}")
         need(("image" in row) != ("frames" in row), "give image or frames, one of them")
         need(bool(row.get("question", "").strip()), "no question")
-        return row | {"group": group} | keyed(row)
+        keys, shown = row.get("answer"), row.pop("choices", [])
+        keys = keys if isinstance(keys, list) else [keys]
+        for text in (*keys, *shown):
+            fine = isinstance(text, str | int) and not isinstance(text, bool) and str(text).strip()
+            need(bool(fine), f"answer or choice {text!r:.60}: give a text")
+        keys, shown = ([" ".join(str(text).split()) for text in part] for part in (keys, shown))
+        if shown and not options(row["question"]):
+            need(1 < len(shown) < 27, f"{len(shown)} choices: give 2 to 26")
+            lettered = "".join(f"{chr(ord('A') + n)}. {text}\n" for n, text in enumerate(shown))
+            row["question"] += f"\n{lettered}Answer with the letter of the correct option."
+        known = [normalise(key, row["question"]).upper() in options(row["question"]) for key in keys]
+        need(not shown or all(known), f"answer {', '.join(keys):.60}: give one of the choices, or its letter")
+        return row | {"group": str(row.get("group", "")), "answer": keys}
     except (ValueError, TypeError) as error:
-        return {"group": group, "error": one_line(error)}
-
-
-def keyed(row: dict) -> dict:
-    """The question with its choices, and the right answers as texts."""
-    keys, shown = row.get("answer"), texts("choices", row.get("choices", []))
-    keys, question = texts("answer", keys if isinstance(keys, list) else [keys]), row["question"]
-    if shown and not options(question):
-        need(1 < len(shown) < 27, f"{len(shown)} choices: give 2 to 26")
-        lettered = [f"{chr(ord('A') + n)}. {text}" for n, text in enumerate(shown)]
-        question = "\n".join([question, *lettered, "Answer with the letter of the correct option."])
-    for key in keys if shown else ():
-        fine = normalise(key, question).upper() in options(question)
-        need(fine, f"answer {key!r:.60}: give one of the choices, or its letter")
-    return {"question": question, "answer": keys}
-
-
-def texts(name: str, values: list) -> list[str]:
-    for value in values:
-        fine = isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip()
-        need(bool(fine), f"{name} {value!r:.60}: give a text, or a list of them")
-    return [" ".join(value.split()) if isinstance(value, str) else f"{value:.12g}" for value in values]
-
-
-def bare(value):
-    """Bytes or a path in the place of {"bytes": …, "path": …}, which the hub's columns of images hold."""
-    if isinstance(value, list):
-        return [bare(each) for each in value]
-    return (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+        return {"group": str(row.get("group", "")), "error": common.one_line(error)}
 
 
 def index(files: list[Path]) -> tuple[list[dict], str]:
-    """All rows, with the texts `look` and `image` in the place of what is looked at; rows of one look have the same.
-    And a digest of all."""
+    """All rows, with texts in the place of what is looked at, `look` and `image`, equal where it is; and a digest."""
     table, whole = [], hashlib.sha256()
     for row in rows(files):
-        look = [row.pop(name, None) for name in LOOK]
-        look = json.loads(json.dumps(look, default=lambda image: hashlib.sha256(image).hexdigest()))
-        folder = str(row.pop("folder"))
-        whole.update(json.dumps([look, row]).encode())
-        table.append(row | {"look": str([folder, look]), "image": str([folder, look[:2]])})
+        look = [str(row.pop("folder")), *(row.pop(name, None) for name in LOOK)]
+        row["look"] = json.dumps(look, default=lambda image: hashlib.sha256(image).hexdigest())
+        table.append(row | {"image": str(json.loads(row["look"])[:3])})
+        whole.update(json.dumps(row).encode())
     fine = any(row.get("error") != NO_ROW for row in table)
     need(fine, f"{files[0]}: neither parquet with rows nor JSON Lines; give a file with one JSON object a line")
     return table, whole.hexdigest()[:16]
@@ -167,50 +148,42 @@ def jobs(table: list[dict], args: argparse.Namespace) -> Iterator[dict]:
     Sparsity 0 is asked once, whatever the rules."""
     images: dict[str, int] = {}
     for row in table[: args.limit]:
-        image, error = images.setdefault(row["image"], row["number"]), {k: row[k] for k in ("error",) if k in row}
+        image, bad = images.setdefault(row["image"], row["number"]), {"error": row["error"]} if "error" in row else {}
         for sparsity in args.sparsities:
             for rule in args.rules if sparsity else ["dense"]:
                 job = {"row": row["number"], "image": image, "group": row["group"], "sparsity": sparsity, "rule": rule}
-                yield job | error
-
-
-def by_job(records: Iterable[dict]) -> dict[tuple, dict]:
-    return {(record["row"], record["sparsity"], record["rule"]): record for record in records}
+                yield job | bad
 
 
 def ask(model: EPVLM, row: dict, those: list[dict], table: list[dict], args: argparse.Namespace) -> Iterator[dict]:
     """The records of jobs that share the look of `row`."""
-    seen, events, alike = None, None, defaultdict(list)
-    for job in those:
-        alike[job["sparsity"], job["rule"]].append(job)
-    for (sparsity, rule), here in alike.items():
-        view = None
-        for job in here:
-            try:
-                with warnings.catch_warnings(record=True) as caught:
-                    warnings.simplefilter("always", UserWarning)
-                    if view is None:
-                        how = options_of(row, sparsity, rule, args)
-                        seen = seen or picture(row, how)
-                        events = events or (events_of(row, seen, how, args) if sparsity else None)
-                        start = time.perf_counter()
-                        view = model.read(model.look(seen, events if sparsity else None, how))
-                        if model.weight.is_cuda:
-                            torch.cuda.synchronize()
-                        start = time.perf_counter() - start
-                    found = answer(model, view, table[job["row"]], chosen(args, Sampling))
-                found["seconds"] += start
-                yield job | found | ({"warning": one_line(caught[0].message)} if caught else {})
-            except FAULTS as error:
-                yield job | {"error": one_line(error)}
+    seen, events, last = None, None, None
+    for job in sorted(those, key=lambda job: (job["sparsity"], job["rule"])):
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", UserWarning)
+                if last != (job["sparsity"], job["rule"]):
+                    how = options_of(row, job, args)
+                    seen = seen or picture(row, how)
+                    events = events or (events_of(row, seen, how, args) if how.sparsity else None)
+                    start = time.perf_counter()
+                    view = model.read(model.look(seen, events if how.sparsity else None, how))
+                    if model.weight.is_cuda:
+                        torch.cuda.synchronize(model.weight.device)
+                    start, last = time.perf_counter() - start, (job["sparsity"], job["rule"])
+                found = answer(model, view, table[job["row"]], chosen(args, Sampling))
+            found["seconds"] += start
+            yield job | found | ({"warning": common.one_line(caught[0].message)} if caught else {})
+        except FAULTS as error:
+            yield job | {"error": common.one_line(error)}
 
 
-def options_of(row: dict, sparsity: float, rule: str, args: argparse.Namespace) -> Options:
-    own = {"sparsity": sparsity} | ({"rule": rule} if sparsity else {})
+def options_of(row: dict, job: dict, args: argparse.Namespace) -> Options:
+    own = {"sparsity": job["sparsity"]} | ({"rule": job["rule"]} if job["sparsity"] else {})
     if "window" in row:
         own["window"] = tuple(microseconds(str(time)) for time in row["window"])
-    if "homography" in row:
-        own["homography"] = str(row["folder"] / given) if isinstance(given := row["homography"], str) else given
+    if given := row.get("homography"):
+        own["homography"] = str(row["folder"] / given) if isinstance(given, str) else given
     if args.camera and "events" not in row:  # these have the image's pixels, and those of a still a clock of their own
         own |= dict.fromkeys(("sensor", "homography") if "frames" in row else ("sensor", "homography", "window"))
     return replace(chosen(args, Options), **own)
@@ -218,26 +191,18 @@ def options_of(row: dict, sparsity: float, rule: str, args: argparse.Namespace) 
 
 def picture(row: dict, how: Options) -> Image.Image | Clip:
     """What is looked at."""
-    folder, frames, times, fps = (row.get(name) for name in ("folder", "frames", "times", "fps"))
-    if "image" in row:
-        return opened(folder, row["image"])
-    if isinstance(frames, list):
-        need((times is None) != (fps is None), "frames: give times or fps, one of them")
-        frames = [partial(opened, folder, each) for each in frames]
-        return Clip(frames, np.array(times)) if fps is None else Clip.at_rate(frames, fps)
-    named = {"image": folder / frames, "times": times and folder / times, "fps": fps, "frames": None, "frame": None}
-    clip = read_input(argparse.Namespace(**named, window=how.window))
-    need(isinstance(clip, Clip), f"{frames}: a still image; give it as image")
-    return clip
-
-
-def opened(folder: Path, image: str | bytes) -> Image.Image:
+    folder, image, frames, times, fps = (row.get(name) for name in ("folder", "image", "frames", "times", "fps"))
     try:
-        return read_image(folder / image if isinstance(image, str) else Image.open(BytesIO(image)))
-    except ValueError:
-        raise
+        if image:  # a path or bytes
+            return read_image(folder / image if isinstance(image, str) else Image.open(BytesIO(image)))
+        if isinstance(frames, str):
+            named = {"image": folder / frames, "times": times and folder / times, "fps": fps, "frames": None}
+            return read_input(argparse.Namespace(**named, frame=None, window=how.window))
+        need((times is None) != (fps is None), "frames: give times or fps, one of them")
+        frames = [folder / each for each in frames]
+        return Clip.at_rate(frames, fps) if times is None else Clip(frames, np.array(times))
     except Exception as error:  # Pillow's readers raise errors of many kinds
-        raise ValueError(f"the image's bytes cannot be read ({one_line(error)})") from None
+        raise ValueError(common.one_line(error)) from None
 
 
 def events_of(row: dict, seen: Image.Image | Clip, how: Options, args: argparse.Namespace):
@@ -250,113 +215,51 @@ def events_of(row: dict, seen: Image.Image | Clip, how: Options, args: argparse.
 
 def answer(model: EPVLM, view: View, row: dict, sampling: Sampling) -> dict:
     """Asks about what has been read; what a record needs of it."""
-    start = time.perf_counter()
-    tokens = model.tokens(view, row["question"], sampling)
+    start, (question, keys) = time.perf_counter(), (row["question"], row["answer"])
+    tokens = model.tokens(view, question, sampling)
     first, seconds = next(tokens), time.perf_counter() - start
-    text, length = "".join(model.pieces(chain([first], tokens))), len(model.prompt(view, row["question"])[0])
-    right = {rule.__name__: any(rule(row["question"], key, text) for key in row["answer"]) for rule in (exact, choice)}
+    text, length = "".join(model.pieces(chain([first], tokens))), len(model.prompt(view, question)[0])
+    right = {rule.__name__: any(rule(question, key, text) for key in keys) for rule in (exact, choice)}
     linear = model.vit.flops(view.keep.sum(dim=(1, 2)).tolist(), view.tokens)[0] + model.llm.flops(length, length)[0]
-    costs = {"tokens": view.tokens, "linear": linear, "flops": model.flops(view, row["question"])[0]}
-    return {"answer": text, "key": row["answer"], **right, **costs, "seconds": seconds}
-
-
-# Answers
-
-
-class Answers:
-    """DIR/answers.jsonl: a line with the settings, then one for each answer. Each further process has a file of its own,
-    answers.1.jsonl, ...; in the end the first process adds all answers to answers.jsonl."""
-
-    def __init__(self, folder: Path, rank: int, settings: dict):
-        """Takes the process's file. Raises ValueError if another run has it."""
-        self.path, self.settings = folder / (f"answers.{rank}.jsonl" if rank else "answers.jsonl"), settings
-        folder.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("ab", buffering=0)
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{self.path}: another run is writing it; wait for it, or end it") from None
-
-    def read(self) -> list[dict]:
-        """The answers in the folder. Raises ValueError if any were given under other settings. An unfinished last line
-        of the own file goes: the process was killed while it wrote."""
-        found = []
-        for path in parts(self.path.parent):
-            was, records = read_answers(path)
-            for key, now in self.settings.items() if records else ():
-                other = f"made with {key} {was.get(key)!r}, not {now!r}"
-                need(was.get(key) == now, f"{path}: {other}; go on with the same, or give another --output")
-            if path == self.path:
-                self.file.truncate(path.read_bytes().rfind(b"\n") + 1 if records else 0)
-            found += records
-        return found
-
-    def append(self, record: dict) -> None:
-        lines = [record] if os.path.getsize(self.path) else [{"settings": self.settings}, record]
-        whole = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-        if self.file.write(whole) != len(whole):  # a single write: a kill leaves all or nothing of it
-            raise OSError(f"{self.path}: the disk is full; make room, and go on with --resume")
-
-
-def parts(folder: Path) -> list[Path]:
-    return [path for path in (folder / "answers.jsonl", *sorted(folder.glob("answers.[0-9]*.jsonl"))) if path.exists()]
-
-
-def read_answers(path: Path) -> tuple[dict, list[dict]]:
-    """Settings and records, without an unfinished last line. Raises ValueError for anything else."""
-    start, (*lines, rest) = b'{"settings": ', path.read_bytes().split(b"\n")
-    try:
-        need(bool(lines) or rest[: len(start)] == start[: len(rest)], "")
-        settings, records = json.loads(lines[0])["settings"] if lines else {}, [json.loads(line) for line in lines[1:]]
-        need(isinstance(settings, dict) and all(record.keys() >= RECORD for record in records), "")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path}: holds something else than answers; give another --output") from None
-    return settings, records
+    costs = {"tokens": view.tokens, "linear": linear, "flops": model.flops(view, question)[0], "seconds": seconds}
+    return {"answer": text, "key": keys, **right, **costs}
 
 
 # The table
 
 
-def table_of(records: list[dict]) -> str:
-    """A row for each sparsity and rule, and below it one for each group."""
-    asked = [record for record in records if "error" not in record]
+def table_of(records: list[dict]) -> tuple[list[str], list[list]]:
+    """Its head and its rows: for each sparsity and rule, and below for each group."""
+    asked, lines = [record for record in records if "error" not in record], []
     unit, prefix = scale(max((record["flops"] for record in asked), default=1))
-    head = ["sparsity", "rule", "group"]
-    head += [text for rule in ("exact", "choice") for text in (f"{rule} % (95 %)", "ahead of dense", "right of asked")]
-    head += ["not asked", "tokens", f"{prefix}FLOPs", "first token, s"]
-    dense, lines = {record["row"]: record for record in asked if record["rule"] == "dense"}, []
-    groups = [None, *sorted({record["group"] for record in records} - {""})]
+    scores = ["exact % (95 %)", "beside dense", "right of asked", "choice % (95 %)", "beside dense", "right of asked"]
+    costs = ["not asked", "tokens", f"{prefix}FLOPs", f"linear {prefix}FLOPs", "first token, s"]
+    dense = {record["row"]: record for record in asked if record["rule"] == "dense"}
+    groups = ["all", *sorted({record["group"] for record in records} - {""})]
     settings = dict.fromkeys((record["sparsity"], record["rule"]) for record in records)
-    for (sparsity, rule), group in product(settings, groups):
-        every = [record for record in records if (record["sparsity"], record["rule"]) == (sparsity, rule)]
-        every = [record for record in every if group in (None, record["group"])]
+    for setting, group in product(settings, groups):
+        every = [record for record in records if (record["sparsity"], record["rule"]) == setting]
+        every = [record for record in every if group in ("all", record["group"])]
         here = [record for record in every if "error" not in record]
-        pairs = [(record, dense[record["row"]]) for record in here if sparsity and record["row"] in dense]
-        cells = [f"{sparsity:g}", rule, group or "all"]
+        pairs = [(record, dense[record["row"]]) for record in here if setting[0] and record["row"] in dense]
+        cells = [f"{setting[0]:g}", setting[1], group]
         for score in ("exact", "choice"):
-            ahead = difference(*(by_image(part, score) for part in zip(*pairs, strict=True))) if pairs else "–"
+            both = [common.by_image(part, score) for part in zip(*pairs, strict=True)]
             right = f"{sum(record[score] for record in here)} of {len(here)}"
-            cells += [accuracy(by_image(here, score)), ahead, right]
-        tokens, flops, seconds = ([record[key] for record in here] for key in ("tokens", "flops", "seconds"))
-        costs = [f"{np.mean(tokens):.1f}", f"{np.mean(flops) / unit:.2f}", f"{np.median(seconds):.3f}"] if here else []
-        lines.append([*cells, len(every) - len(here), *(costs or "–––")])
-    return markdown(head, lines)
-
-
-def by_image(records: Iterable[dict], score: str) -> list[tuple[int, int]]:
-    """Right and asked of each image."""
-    found = defaultdict(list)
-    for record in records:
-        found[record["image"]].append(record[score])
-    return [(sum(right), len(right)) for right in found.values()]
+            cells += [common.accuracy(common.by_image(here, score)), common.difference(*both) if both else "–", right]
+        mean = {key: np.mean([record[key] for record in here] or np.nan) for key in ("tokens", "flops", "linear")}
+        cells += [len(every) - len(here), f"{mean['tokens']:.1f}", f"{mean['flops'] / unit:.4g}"]
+        seconds = np.median([record["seconds"] for record in here] or np.nan)
+        lines.append([*cells, f"{mean['linear'] / unit:.4g}", f"{seconds:.3f}"])
+    return ["sparsity", "rule", "group", *scores, *costs], lines
 
 
 def report(records: list[dict], table: list[dict]) -> None:
     """Prints the table, what could not be asked, and what came with a warning."""
-    print(table_of(records))
+    print(common.markdown(*table_of(records)))
     for key, title in (("error", "Not asked, and not counted"), ("warning", "Asked with a warning")):
         lines = dict.fromkeys(f"- {table[record['row']]['at']}: {record[key]}" for record in records if key in record)
-        print(f"\n{title}:\n\n" + "\n".join(lines) if lines else "", end="\n" if lines else "")
+        print("\n".join([f"\n{title}:\n", *lines]) if lines else "", end="\n" if lines else "")
 
 
 # The command line
@@ -367,11 +270,9 @@ def processes(args: argparse.Namespace) -> tuple[int, int]:
     given = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     rank, world, local = (int(os.environ.get(name, usual)) for name, usual in given)
     if world > 1:
-        fine = args.device in (None, "cpu", "cuda")
-        need(fine, f"device {args.device}: each process has its own; give cpu or cuda")
-        if args.device == "cuda" or (args.device is None and torch.cuda.is_available()):
+        need(args.device in (None, "cpu", "cuda"), f"device {args.device}: each process has its own; give cpu or cuda")
+        if args.device != "cpu" and torch.cuda.is_available():
             args.device = f"cuda:{local}"
-            torch.cuda.set_device(local)
         distributed.init_process_group("gloo", timeout=timedelta(days=30))  # they wait for the slowest
     return rank, world
 
@@ -386,51 +287,44 @@ def gathered(records: Iterable[dict], world: int) -> list[dict]:
 
 def run(args: argparse.Namespace) -> None:
     """Asks what has not been asked yet, and prints the table of all answers."""
-    options, sampling, _ = (
-        chosen(args, Options),
-        chosen(args, Sampling),
-        next(saccade(np.zeros((1, 1, 3)), args.radius)),
-    )
-    for sparsity in args.sparsities:
-        replace(options, sparsity=sparsity)
-    rank, world = processes(args)
-    with warnings_as_lines("evaluate"):
-        files = find(args.data, args.data_revision)
-        table, digest = index(files)
-    need(args.resume or not parts(args.output), f"{args.output}: has answers; go on with --resume, or give another")
-    gathered([], world)  # all have looked before one makes a file
-    settings = {"data": digest, "threshold": CameraOptions(args.threshold).threshold, **vars(options), **vars(sampling)}
+    settings = {**vars(chosen(args, Options)), **vars(chosen(args, Sampling)), **vars(CameraOptions(args.threshold))}
     settings |= {name: getattr(args, name) for name in ("model", "revision", "dtype", "camera", "radius")}
-    settings = {name: settings[name] for name in settings if name not in ("sparsity", "rule")}  # they may be others
-    answers = Answers(args.output, rank, json.loads(json.dumps(settings, default=str)))
-    known, todo, looks = by_job(gathered(answers.read(), world)), by_job(jobs(table, args)), defaultdict(list)
+    checks = [replace(chosen(args, Options), sparsity=sparsity) for sparsity in args.sparsities]
+    checks += saccade(np.zeros((1, 1, 3)), args.radius)
+    rank, world = processes(args)
+    with common.warnings_as_lines("evaluate"):
+        files = find(args.data, args.data_revision)
+        table, settings["data"] = index(files)
+    fresh = args.resume or not common.read_answers(args.output)
+    need(fresh, f"{args.output}: has answers already; go on with --resume, or give another --output")
+    gathered([], world)  # all have looked before one makes a file
+    settings = {name: value for name, value in settings.items() if name not in ("sparsity", "rule")}  # they may differ
+    answers = common.Answers(args.output, rank, json.loads(json.dumps(settings, default=str)))
+    known, todo = common.by_job(gathered(answers.read().values(), world)), common.by_job(jobs(table, args))
+    looks = defaultdict(list)
     for key, job in todo.items():
-        if "error" not in job and key not in known:
+        if "error" not in job and "answer" not in known.get(key, {}):
             looks[table[job["row"]]["look"]].append(job)
     mine, made = {those[0]["row"]: those for those in list(looks.values())[rank::world]}, []
-    model, total = load(args) if mine else None, sum(map(len, mine.values()))
-    for row in rows(files) if mine else ():
-        for record in ask(model, row, mine.get(row["number"], ()), table, args):
+    model, total = common.load(args) if mine else None, sum(map(len, mine.values()))
+    for row in rows(files) if mine else ():  # once more, for the images
+        for record in ask(model, row, mine.get(row["number"], []), table, args):
             made.append(record)
-            if "error" not in record:
-                answers.append(record)
+            answers.add([record])
             if rank == 0 and sys.stderr.isatty():
                 end = "" if len(made) < total else "\r\033[K"
                 print(f"\r\033[K{len(made)} of {total} questions{end}", end="", file=sys.stderr, flush=True)
-    known = {**todo, **known, **by_job(gathered(made, world))}
+    known = todo | common.by_job([*known.values(), *gathered(made, world)])
     if rank == 0:
-        held = by_job(read_answers(answers.path)[1])
-        for key, record in known.items():
-            if key not in held and "answer" in record:
-                answers.append(record)
+        answers.add(known.values())
         report([known[key] for key in todo], table)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Asks the questions of a table at each sparsity by each rule; returns the exit status."""
     about = "Measures what sparsity costs on questions of your own."
-    parser = Parser("evaluate", description=about, allow_abbrev=False, conflict_handler="resolve")
-    add_model(parser)
+    parser = common.Parser("evaluate", description=about, allow_abbrev=False, conflict_handler="resolve")
+    common.add_model(parser)
     for kind in (Options, Sampling):
         add_flags(parser, kind)
     parser.set_defaults(sparsity=Options.sparsity, rule=Options.rule)
@@ -445,7 +339,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--threshold", type=float, default=CameraOptions.threshold, help="its contrast (default: %(default)s)")
     add("--resume", action="store_true", help="go on with the answers in the folder")
     add("--limit", type=int, help="ask of the first rows only")
-    return exit_status("evaluate", lambda: run(parser.parse_args(argv)))
+    return common.exit_status("evaluate", lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

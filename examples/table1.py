@@ -14,11 +14,10 @@ import sys
 from itertools import product
 from pathlib import Path
 
-import numpy as np
 import torch
-from evaluate import by_image, by_job, parts, read_answers
+from evaluate import table_of
 
-from common import Parser, accuracy, exit_status, markdown
+from common import Parser, by_job, exit_status, markdown, read_answers
 from events import budget, need
 from llm import Decoder, DecoderConfig
 from vit import VisionConfig, VisionTransformer
@@ -71,26 +70,19 @@ def costs(patches: int, text: int) -> None:
                     f"- {name} at {sparsity:g}: the paper prints {paper} T {unit}, its count gives {ours:.2f}."
                 )
         lines.append(cells)
-    print(markdown(head, lines), "\n", *remarks, sep="\n")
+    print(markdown(head, lines), "", *remarks, sep="\n")
 
 
 def measured(folder: Path, size: str | None) -> None:
     """Prints what the answers in a folder of evaluate.py say, beside the paper's figures for the model's size."""
-    found = [read_answers(path) for path in parts(folder)]
-    records = list(by_job(record for _, some in found for record in some).values())
+    found = [*read_answers(folder).values()]
+    records = sorted(by_job(record for _, some in found for record in some).items())
     need(bool(records), f"{folder}: no answers there; give the folder that evaluate.py wrote (--output)")
-    model = Path(found[0][0].get("model", "")).name
-    size = size or next((size for size in PARAMS if f"-{size}" in model), None)
-    head, lines = ["sparsity", "rule", "exact % (95 %)", "choice % (95 %)", "paper"], []
-    head += ["tokens", "FLOPs T linear", "paper", "MACs T linear", "paper", "FLOPs T all"]
-    for sparsity, rule in sorted({(record["sparsity"], record["rule"]) for record in records}):
-        here = [record for record in records if (record["sparsity"], record["rule"]) == (sparsity, rule)]
-        tokens, linear, flops = (np.mean([record[key] for record in here]) for key in ("tokens", "linear", "flops"))
-        right, flop, mac = PAPER.get((size, sparsity), "–––")
-        cells = [f"{sparsity:g}", rule, *(accuracy(by_image(here, score)) for score in ("exact", "choice")), right]
-        cells += [f"{tokens:.1f}", f"{linear / 1e12:.4g}", flop, f"{linear / 2e12:.4g}", mac, f"{flops / 1e12:.4g}"]
-        lines.append(cells)
-    print(markdown(head, lines))
+    model = Path(str(found[0][0].get("model"))).name
+    size = size or next((size for size in PARAMS if f"-{size}" in model), "")
+    head, lines = table_of([{**record, "group": ""} for _, record in records])
+    lines = [[*line, *PAPER.get((size, float(line[0])), "–––")] for line in lines]
+    print(markdown([*head, "paper: %", "TFLOPs linear", "TMACs linear"], lines))
 
 
 def main(argv: list[str] | None = None) -> int:
