@@ -7,11 +7,9 @@ README.md, Your own questions, says what a row of the data may hold and what the
 line of DIR/answers.jsonl, and --resume goes on after an interruption at any moment.
 
 Glossary
-    row      its fields (see KINDS), `number` from 0, `at` for messages, and `folder` where its paths begin; one that
-             cannot be asked has `error` in the place of the fields
+    row      its fields (see KINDS), or `error`, why it cannot be asked; `number` from 0, `at` for messages, `folder`
     look     the fields that say what is looked at (LOOK): it is done once for all questions that share it
     record   one question at one sparsity by one rule (then it is a job), and the answer, or `error`
-    exact    right by one rule of realworldqa.py; `choice` by the other
 """
 
 import argparse
@@ -27,6 +25,7 @@ from dataclasses import replace
 from datetime import timedelta
 from io import BytesIO
 from itertools import chain, count, product
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +47,7 @@ KINDS = {"image": (str, bytes), "frames": (str, list), "times": (str, list), "fp
 LOOK = ("image", "frames", "times", "fps", "events", "window", "homography")
 FAULTS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError, argparse.ArgumentTypeError)  # of a row
 NO_ROW = "not a JSON object"
+SETTING = itemgetter("sparsity", "rule")
 
 
 # Rows
@@ -60,8 +60,8 @@ def find(data: str, revision: str | None = None) -> list[Path]:
         if not place.exists():
             place = Path(snapshot_download(data, repo_type="dataset", revision=revision, allow_patterns="*.parquet"))
     except Exception as error:  # whatever the hub's client, its network library and the disk raise
-        reason = f"neither here nor a dataset that can be downloaded ({type(error).__name__}: {common.one_line(error)})"
-        raise ValueError(f"{data}: {reason}; correct it") from None
+        reason = f"{type(error).__name__}: {common.one_line(error)}"
+        raise ValueError(f"{data}: neither here nor a dataset that can be downloaded ({reason}); correct it") from None
     files = [place] if place.is_file() else sorted(place.rglob("*.parquet"))
     need(bool(files), f"{data}: no .parquet file in it; give the file, or a folder that holds it")
     return files
@@ -112,9 +112,10 @@ def checked(read) -> dict:
         need(bool(row.get("question", "").strip()), "no question")
         keys, shown = row.get("answer"), row.pop("choices", [])
         keys = keys if isinstance(keys, list) else [keys]
-        for text in (*keys, *shown):
-            fine = isinstance(text, str | int) and not isinstance(text, bool) and str(text).strip()
-            need(bool(fine), f"answer or choice {text!r:.60}: give a text")
+        plain = (
+            isinstance(text, str | int) and not isinstance(text, bool) and str(text).strip() for text in keys + shown
+        )
+        need(all(plain), f"answer {keys!r:.60}, choices {shown!r:.60}: give texts")
         keys, shown = ([" ".join(str(text).split()) for text in part] for part in (keys, shown))
         if shown and not options(row["question"]):
             need(1 < len(shown) < 27, f"{len(shown)} choices: give 2 to 26")
@@ -133,10 +134,9 @@ def index(files: list[Path]) -> tuple[list[dict], str]:
     for row in rows(files):
         look = [str(row.pop("folder")), *(row.pop(name, None) for name in LOOK)]
         row["look"] = json.dumps(look, default=lambda image: hashlib.sha256(image).hexdigest())
-        table.append(row | {"image": str(json.loads(row["look"])[:3])})
+        table.append(row | {"image": str(json.loads(row["look"])[:3]), "events": look[5] is not None})
         whole.update(json.dumps(row).encode())
-    fine = any(row.get("error") != NO_ROW for row in table)
-    need(fine, f"{files[0]}: neither parquet with rows nor JSON Lines; give a file with one JSON object a line")
+    need(any(row.get("error") != NO_ROW for row in table), f"{files[0]}: no row; give parquet, or a JSON object a line")
     return table, whole.hexdigest()[:16]
 
 
@@ -158,11 +158,11 @@ def jobs(table: list[dict], args: argparse.Namespace) -> Iterator[dict]:
 def ask(model: EPVLM, row: dict, those: list[dict], table: list[dict], args: argparse.Namespace) -> Iterator[dict]:
     """The records of jobs that share the look of `row`."""
     seen, events, last = None, None, None
-    for job in sorted(those, key=lambda job: (job["sparsity"], job["rule"])):
+    for job in sorted(those, key=SETTING):
         try:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always", UserWarning)
-                if last != (job["sparsity"], job["rule"]):
+                if last != SETTING(job):
                     how = options_of(row, job, args)
                     seen = seen or picture(row, how)
                     events = events or (events_of(row, seen, how, args) if how.sparsity else None)
@@ -170,7 +170,7 @@ def ask(model: EPVLM, row: dict, those: list[dict], table: list[dict], args: arg
                     view = model.read(model.look(seen, events if how.sparsity else None, how))
                     if model.weight.is_cuda:
                         torch.cuda.synchronize(model.weight.device)
-                    start, last = time.perf_counter() - start, (job["sparsity"], job["rule"])
+                    start, last = time.perf_counter() - start, SETTING(job)
                 found = answer(model, view, table[job["row"]], chosen(args, Sampling))
             found["seconds"] += start
             yield job | found | ({"warning": common.one_line(caught[0].message)} if caught else {})
@@ -236,10 +236,8 @@ def table_of(records: list[dict]) -> tuple[list[str], list[list]]:
     costs = ["not asked", "tokens", f"{prefix}FLOPs", f"linear {prefix}FLOPs", "first token, s"]
     dense = {record["row"]: record for record in asked if record["rule"] == "dense"}
     groups = ["all", *sorted({record["group"] for record in records} - {""})]
-    settings = dict.fromkeys((record["sparsity"], record["rule"]) for record in records)
-    for setting, group in product(settings, groups):
-        every = [record for record in records if (record["sparsity"], record["rule"]) == setting]
-        every = [record for record in every if group in ("all", record["group"])]
+    for setting, group in product(dict.fromkeys(map(SETTING, records)), groups):
+        every = [each for each in records if SETTING(each) == setting and group in ("all", each["group"])]
         here = [record for record in every if "error" not in record]
         pairs = [(record, dense[record["row"]]) for record in here if setting[0] and record["row"] in dense]
         cells = [f"{setting[0]:g}", setting[1], group]
@@ -267,14 +265,25 @@ def report(records: list[dict], table: list[dict]) -> None:
 
 def processes(args: argparse.Namespace) -> tuple[int, int]:
     """This process's rank and how many there are, as torchrun says, else alone; each takes a device of its own."""
-    given = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    rank, world, local = (int(os.environ.get(name, usual)) for name, usual in given)
+    rank, world, local = (int(os.environ.get(key, n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if world > 1:
         need(args.device in (None, "cpu", "cuda"), f"device {args.device}: each process has its own; give cpu or cuda")
         if args.device != "cpu" and torch.cuda.is_available():
             args.device = f"cuda:{local}"
         distributed.init_process_group("gloo", timeout=timedelta(days=30))  # they wait for the slowest
     return rank, world
+
+
+def settings_of(args: argparse.Namespace) -> dict:
+    """What answers depend on but for sparsity and rule, as JSON gives it back. Raises ValueError for bad flags."""
+    for sparsity in args.sparsities:
+        options = replace(chosen(args, Options), sparsity=sparsity)
+    next(saccade(np.zeros((1, 1, 3)), args.radius))
+    found = {**vars(CameraOptions(args.threshold)), **vars(options), **vars(chosen(args, Sampling))}
+    found |= {name: getattr(args, name) for name in ("model", "revision", "dtype", "camera", "radius")}
+    return json.loads(
+        json.dumps({name: found[name] for name in found if name not in ("sparsity", "rule")}, default=str)
+    )
 
 
 def gathered(records: Iterable[dict], world: int) -> list[dict]:
@@ -285,21 +294,17 @@ def gathered(records: Iterable[dict], world: int) -> list[dict]:
     return list(chain(*found))
 
 
+@common.warnings_as_lines("evaluate")
 def run(args: argparse.Namespace) -> None:
     """Asks what has not been asked yet, and prints the table of all answers."""
-    settings = {**vars(chosen(args, Options)), **vars(chosen(args, Sampling)), **vars(CameraOptions(args.threshold))}
-    settings |= {name: getattr(args, name) for name in ("model", "revision", "dtype", "camera", "radius")}
-    checks = [replace(chosen(args, Options), sparsity=sparsity) for sparsity in args.sparsities]
-    checks += saccade(np.zeros((1, 1, 3)), args.radius)
+    settings = settings_of(args)
     rank, world = processes(args)
-    with common.warnings_as_lines("evaluate"):
-        files = find(args.data, args.data_revision)
-        table, settings["data"] = index(files)
-    fresh = args.resume or not common.read_answers(args.output)
-    need(fresh, f"{args.output}: has answers already; go on with --resume, or give another --output")
+    files = find(args.data, args.data_revision)
+    table, settings["data"] = index(files)
+    old = any(records for _, records in common.read_answers(args.output).values()) and not args.resume
+    need(not old, f"{args.output}: has answers already; go on with --resume, or give another --output")
     gathered([], world)  # all have looked before one makes a file
-    settings = {name: value for name, value in settings.items() if name not in ("sparsity", "rule")}  # they may differ
-    answers = common.Answers(args.output, rank, json.loads(json.dumps(settings, default=str)))
+    answers = common.Answers(args.output, rank, settings)
     known, todo = common.by_job(gathered(answers.read().values(), world)), common.by_job(jobs(table, args))
     looks = defaultdict(list)
     for key, job in todo.items():
@@ -307,6 +312,12 @@ def run(args: argparse.Namespace) -> None:
             looks[table[job["row"]]["look"]].append(job)
     mine, made = {those[0]["row"]: those for those in list(looks.values())[rank::world]}, []
     model, total = common.load(args) if mine else None, sum(map(len, mine.values()))
+    if (
+        not args.camera
+        and any(args.sparsities)
+        and (dark := sum(not row["events"] for row in table if "error" not in row))
+    ):
+        warnings.warn(f"{dark} rows have no events: of them only the rule cover drops anything; --camera", stacklevel=2)
     for row in rows(files) if mine else ():  # once more, for the images
         for record in ask(model, row, mine.get(row["number"], []), table, args):
             made.append(record)
@@ -317,13 +328,12 @@ def run(args: argparse.Namespace) -> None:
     known = todo | common.by_job([*known.values(), *gathered(made, world)])
     if rank == 0:
         answers.add(known.values())
-        report([known[key] for key in todo], table)
+        report(sorted((known[key] for key in todo), key=itemgetter("row")), table)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Asks the questions of a table at each sparsity by each rule; returns the exit status."""
-    about = "Measures what sparsity costs on questions of your own."
-    parser = common.Parser("evaluate", description=about, allow_abbrev=False, conflict_handler="resolve")
+    """Measures what sparsity costs on questions of your own."""
+    parser = common.Parser("evaluate", description=main.__doc__, allow_abbrev=False, conflict_handler="resolve")
     common.add_model(parser)
     for kind in (Options, Sampling):
         add_flags(parser, kind)
