@@ -8,9 +8,14 @@ import json
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
+
+import torch
+from torch import distributed
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -171,3 +176,28 @@ class Answers:
                 self.held[job] = record
                 if self.file.write(whole) != len(whole):
                     raise OSError(f"{self.path}: the disk is full; make room, and go on with --resume")
+
+
+@contextlib.contextmanager
+def processes(args: Namespace) -> Iterator[tuple[int, int]]:
+    """This process's rank and how many there are, as torchrun says, else alone; each takes a device of its own."""
+    rank, world, local = (int(os.environ.get(key, n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if world > 1:
+        if args.device not in (None, "cpu", "cuda"):
+            raise ValueError(f"device {args.device}: among several processes each has its own; give cpu or cuda")
+        if args.device != "cpu" and torch.cuda.is_available():
+            args.device = f"cuda:{local}"
+        distributed.init_process_group("gloo", timeout=timedelta(days=30))  # they wait for the slowest
+    try:
+        yield rank, world
+    finally:
+        if world > 1:
+            distributed.destroy_process_group()
+
+
+def gathered(records: Iterable[dict], world: int) -> list[dict]:
+    """Those of all processes, in each of them."""
+    found = [list(records)] * world
+    if world > 1:
+        distributed.all_gather_object(found, found[0])
+    return list(chain(*found))

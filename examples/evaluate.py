@@ -15,14 +15,12 @@ Glossary
 import argparse
 import hashlib
 import json
-import os
 import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from datetime import timedelta
 from io import BytesIO
 from itertools import chain, count, product
 from operator import itemgetter
@@ -32,7 +30,6 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from PIL import Image
-from torch import distributed
 
 import common
 from camera import RADIUS, CameraOptions, camera, movie, saccade
@@ -107,15 +104,13 @@ def checked(read) -> dict:
         row = {name: value for name in KINDS if (value := found.get(name)) not in (None, "", b"", [])}
         for name, value in row.items():
             kinds = " or ".join(kind.__name__ for kind in KINDS[name])
-            need(isinstance(value, KINDS[name]) and not isinstance(value, bool), f"{name} {value!r:.60}: give {kinds}")
+            need(type(value) in KINDS[name], f"{name} {value!r:.60}: give {kinds}")
         need(("image" in row) != ("frames" in row), "give image or frames, one of them")
         need(bool(row.get("question", "").strip()), "no question")
         keys, shown = row.get("answer"), row.pop("choices", [])
         keys = keys if isinstance(keys, list) else [keys]
-        plain = (
-            isinstance(text, str | int) and not isinstance(text, bool) and str(text).strip() for text in keys + shown
-        )
-        need(all(plain), f"answer {keys!r:.60}, choices {shown!r:.60}: give texts")
+        fine = all(type(text) in (str, int) and str(text).strip() for text in keys + shown)
+        need(fine, f"answer {keys!r:.60}, choices {shown!r:.60}: give texts")
         keys, shown = ([" ".join(str(text).split()) for text in part] for part in (keys, shown))
         if shown and not options(row["question"]):
             need(1 < len(shown) < 27, f"{len(shown)} choices: give 2 to 26")
@@ -134,9 +129,10 @@ def index(files: list[Path]) -> tuple[list[dict], str]:
     for row in rows(files):
         look = [str(row.pop("folder")), *(row.pop(name, None) for name in LOOK)]
         row["look"] = json.dumps(look, default=lambda image: hashlib.sha256(image).hexdigest())
-        table.append(row | {"image": str(json.loads(row["look"])[:3]), "events": look[5] is not None})
+        table.append(row | {"image": str(json.loads(row["look"])[:3]), "dark": look[5] is None and "error" not in row})
         whole.update(json.dumps(row).encode())
-    need(any(row.get("error") != NO_ROW for row in table), f"{files[0]}: no row; give parquet, or a JSON object a line")
+    fine = any(row.get("error") != NO_ROW for row in table)
+    need(fine, f"{files[0]}: no rows in it; give JSON Lines, one object a line, or parquet")
     return table, whole.hexdigest()[:16]
 
 
@@ -263,17 +259,6 @@ def report(records: list[dict], table: list[dict]) -> None:
 # The command line
 
 
-def processes(args: argparse.Namespace) -> tuple[int, int]:
-    """This process's rank and how many there are, as torchrun says, else alone; each takes a device of its own."""
-    rank, world, local = (int(os.environ.get(key, n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    if world > 1:
-        need(args.device in (None, "cpu", "cuda"), f"device {args.device}: each process has its own; give cpu or cuda")
-        if args.device != "cpu" and torch.cuda.is_available():
-            args.device = f"cuda:{local}"
-        distributed.init_process_group("gloo", timeout=timedelta(days=30))  # they wait for the slowest
-    return rank, world
-
-
 def settings_of(args: argparse.Namespace) -> dict:
     """What answers depend on but for sparsity and rule, as JSON gives it back. Raises ValueError for bad flags."""
     for sparsity in args.sparsities:
@@ -286,49 +271,45 @@ def settings_of(args: argparse.Namespace) -> dict:
     )
 
 
-def gathered(records: Iterable[dict], world: int) -> list[dict]:
-    """Those of all processes, in each of them."""
-    found = [list(records)] * world
-    if world > 1:
-        distributed.all_gather_object(found, found[0])
-    return list(chain(*found))
-
-
 @common.warnings_as_lines("evaluate")
 def run(args: argparse.Namespace) -> None:
     """Asks what has not been asked yet, and prints the table of all answers."""
     settings = settings_of(args)
-    rank, world = processes(args)
-    files = find(args.data, args.data_revision)
-    table, settings["data"] = index(files)
-    old = any(records for _, records in common.read_answers(args.output).values()) and not args.resume
-    need(not old, f"{args.output}: has answers already; go on with --resume, or give another --output")
-    gathered([], world)  # all have looked before one makes a file
-    answers = common.Answers(args.output, rank, settings)
-    known, todo = common.by_job(gathered(answers.read().values(), world)), common.by_job(jobs(table, args))
-    looks = defaultdict(list)
-    for key, job in todo.items():
-        if "error" not in job and "answer" not in known.get(key, {}):
-            looks[table[job["row"]]["look"]].append(job)
-    mine, made = {those[0]["row"]: those for those in list(looks.values())[rank::world]}, []
-    model, total = common.load(args) if mine else None, sum(map(len, mine.values()))
-    if (
-        not args.camera
-        and any(args.sparsities)
-        and (dark := sum(not row["events"] for row in table if "error" not in row))
-    ):
-        warnings.warn(f"{dark} rows have no events: of them only the rule cover drops anything; --camera", stacklevel=2)
-    for row in rows(files) if mine else ():  # once more, for the images
-        for record in ask(model, row, mine.get(row["number"], []), table, args):
-            made.append(record)
+    with common.processes(args) as (rank, world):
+        if rank:
+            warnings.simplefilter("ignore")  # the first process warns
+        files = find(args.data, args.data_revision)
+        table, settings["data"] = index(files)
+        old = any(records for _, records in common.read_answers(args.output).values()) and not args.resume
+        need(not old, f"{args.output}: has answers already; go on with --resume, or give another --output")
+        common.gathered([], world)  # all have looked before one makes a file
+        answers = common.Answers(args.output, rank, settings)
+        known, todo = common.by_job(common.gathered(answers.read().values(), world)), common.by_job(jobs(table, args))
+        looks = defaultdict(list)
+        for key, job in todo.items():
+            if "error" not in job and "answer" not in known.get(key, {}):
+                looks[table[job["row"]]["look"]].append(job)
+        mine = {those[0]["row"]: those for those in list(looks.values())[rank::world]}
+        made = list(asked(mine, table, files, answers, args)) if mine else []
+        known = todo | common.by_job([*known.values(), *common.gathered(made, world)])
+        if rank == 0:
+            answers.add(known.values())
+            report(sorted((known[key] for key in todo), key=itemgetter("row")), table)
+
+
+def asked(mine: dict[int, list[dict]], table: list[dict], files: list[Path], answers: common.Answers, args):
+    """The new records of a process: mine, its jobs of each look, by the first row; yields them when they are written."""
+    model, done, total = common.load(args), 0, sum(map(len, mine.values()))
+    if not args.camera and any(args.sparsities) and (dark := sum(row["dark"] for row in table)):
+        remedy = "only the rule cover drops any of their patches; --camera makes events"
+        warnings.warn(f"{dark} rows have no events: {remedy}", stacklevel=2)
+    for row in rows(files):  # once more, for the images
+        for done, record in enumerate(ask(model, row, mine.get(row["number"], []), table, args), done + 1):
             answers.add([record])
-            if rank == 0 and sys.stderr.isatty():
-                end = "" if len(made) < total else "\r\033[K"
-                print(f"\r\033[K{len(made)} of {total} questions{end}", end="", file=sys.stderr, flush=True)
-    known = todo | common.by_job([*known.values(), *gathered(made, world)])
-    if rank == 0:
-        answers.add(known.values())
-        report(sorted((known[key] for key in todo), key=itemgetter("row")), table)
+            if sys.stderr.isatty():
+                end = "" if done < total else "\r\033[K"
+                print(f"\r\033[K{done} of {total} questions{end}", end="", file=sys.stderr, flush=True)
+            yield record
 
 
 def main(argv: list[str] | None = None) -> int:
