@@ -151,6 +151,16 @@ def jobs(table: list[dict], args: argparse.Namespace) -> Iterator[dict]:
                 yield job | bad
 
 
+def asked(mine: dict[int, list[dict]], table: list[dict], files: list[Path], args) -> Iterator[dict]:
+    """The records of jobs by the number of a row that has their look."""
+    model = common.load(args)
+    if not args.camera and any(args.sparsities) and (dark := sum(row["dark"] for row in table)):
+        remedy = "only the rule cover drops any of their patches; --camera makes events"
+        warnings.warn(f"{dark} rows have no events: {remedy}", stacklevel=2)
+    for row in rows(files):  # once more, for the images
+        yield from ask(model, row, mine.get(row["number"], []), table, args)
+
+
 def ask(model: EPVLM, row: dict, those: list[dict], table: list[dict], args: argparse.Namespace) -> Iterator[dict]:
     """The records of jobs that share the look of `row`."""
     seen, events, last = None, None, None
@@ -229,7 +239,7 @@ def table_of(records: list[dict]) -> tuple[list[str], list[list]]:
     asked, lines = [record for record in records if "error" not in record], []
     unit, prefix = scale(max((record["flops"] for record in asked), default=1))
     scores = ["exact % (95 %)", "beside dense", "right of asked", "choice % (95 %)", "beside dense", "right of asked"]
-    costs = ["not asked", "tokens", f"{prefix}FLOPs", f"linear {prefix}FLOPs", "first token, s"]
+    figures = ["not asked", "tokens", f"{prefix}FLOPs", f"linear {prefix}FLOPs", "first token, s"]
     dense = {record["row"]: record for record in asked if record["rule"] == "dense"}
     groups = ["all", *sorted({record["group"] for record in records} - {""})]
     for setting, group in product(dict.fromkeys(map(SETTING, records)), groups):
@@ -241,11 +251,13 @@ def table_of(records: list[dict]) -> tuple[list[str], list[list]]:
             both = [common.by_image(part, score) for part in zip(*pairs, strict=True)]
             right = f"{sum(record[score] for record in here)} of {len(here)}"
             cells += [common.accuracy(common.by_image(here, score)), common.difference(*both) if both else "–", right]
-        mean = {key: np.mean([record[key] for record in here] or np.nan) for key in ("tokens", "flops", "linear")}
-        cells += [len(every) - len(here), f"{mean['tokens']:.1f}", f"{mean['flops'] / unit:.4g}"]
-        seconds = np.median([record["seconds"] for record in here] or np.nan)
-        lines.append([*cells, f"{mean['linear'] / unit:.4g}", f"{seconds:.3f}"])
-    return ["sparsity", "rule", "group", *scores, *costs], lines
+        costs = "––––"
+        if here:
+            tokens, flops, linear = (np.mean([each[key] for each in here]) for key in ("tokens", "flops", "linear"))
+            costs = [f"{tokens:.1f}", f"{flops / unit:.4g}", f"{linear / unit:.4g}"]
+            costs.append(f"{np.median([each['seconds'] for each in here]):.3f}")
+        lines.append([*cells, len(every) - len(here), *costs])
+    return ["sparsity", "rule", "group", *scores, *figures], lines
 
 
 def report(records: list[dict], table: list[dict]) -> None:
@@ -290,26 +302,17 @@ def run(args: argparse.Namespace) -> None:
             if "error" not in job and "answer" not in known.get(key, {}):
                 looks[table[job["row"]]["look"]].append(job)
         mine = {those[0]["row"]: those for those in list(looks.values())[rank::world]}
-        made = list(asked(mine, table, files, answers, args)) if mine else []
+        made, total = [], sum(map(len, mine.values()))
+        for record in asked(mine, table, files, args) if mine else ():
+            made.append(record)
+            answers.add([record])
+            if rank == 0 and sys.stderr.isatty():
+                end = "" if len(made) < total else "\r\033[K"
+                print(f"\r\033[K{len(made)} of {total} questions{end}", end="", file=sys.stderr, flush=True)
         known = todo | common.by_job([*known.values(), *common.gathered(made, world)])
         if rank == 0:
             answers.add(known.values())
             report(sorted((known[key] for key in todo), key=itemgetter("row")), table)
-
-
-def asked(mine: dict[int, list[dict]], table: list[dict], files: list[Path], answers: common.Answers, args):
-    """The new records of a process: mine, its jobs of each look, by the first row; yields them when they are written."""
-    model, done, total = common.load(args), 0, sum(map(len, mine.values()))
-    if not args.camera and any(args.sparsities) and (dark := sum(row["dark"] for row in table)):
-        remedy = "only the rule cover drops any of their patches; --camera makes events"
-        warnings.warn(f"{dark} rows have no events: {remedy}", stacklevel=2)
-    for row in rows(files):  # once more, for the images
-        for done, record in enumerate(ask(model, row, mine.get(row["number"], []), table, args), done + 1):
-            answers.add([record])
-            if sys.stderr.isatty():
-                end = "" if done < total else "\r\033[K"
-                print(f"\r\033[K{done} of {total} questions{end}", end="", file=sys.stderr, flush=True)
-            yield record
 
 
 def main(argv: list[str] | None = None) -> int:
