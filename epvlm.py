@@ -96,7 +96,7 @@ class Options:
     hot_pixels: str = flag("keep", "pixels that fire without a cause; mend lowers them", choices=("keep", "mend"))
     polarity: str = flag("count", "every event counts, or on and off cancel", choices=("count", "signed"))
     sensor: tuple[int, int] | None = flag(None, "event camera's (default: the image's)", type=size, metavar="WxH")
-    homography: tuple | None = flag(None, "3 x 3, from the event camera's pixels to the image's", metavar="FILE")
+    homography: tuple | None = flag(None, "3 x 3, sensor's pixels to the image's (default: a scale)", metavar="FILE")
     window: tuple[float, float] | None = flag(
         None, "in us, or with a unit (default: all)", type=microseconds, nargs=2, metavar=("START", "END")
     )
@@ -416,7 +416,7 @@ def read_clip(path: Path, times: str | None = None, fps: float | None = None) ->
     if fps is not None:
         return Clip.at_rate(frames, fps)
     if times is not None:
-        clock, unit = read_times(times)
+        clock, unit = in_microseconds(read_words(times), times)
     need(clock is not None, f"{path}: its frames have no times; give --times FILE, or --fps")
     try:
         return Clip(frames, clock, clock=unit)
@@ -425,10 +425,13 @@ def read_clip(path: Path, times: str | None = None, fps: float | None = None) ->
 
 
 def between(frame: str) -> tuple[float, float]:
-    """The times of frames N - 1 and N of a list or a file of times, FILE:N, counted from 0. Raises ValueError."""
+    """The times of frames N - 1 and N, counted from 0, of FILE:N, a list or a file of times or exposures, in
+    microseconds. Raises ValueError."""
     path, _, number = frame.rpartition(":")
     need(path != "" and number.isdecimal(), f"frame {frame}: give FILE:N, such as images.txt:17")
-    times = read_times(path)[0]
+    words = read_words(path, most=1)
+    named = any(re.search(r"[^-+.\deE\s]", word) for word in words[:, -1])  # `time name`
+    times, _ = in_microseconds(words[:, :1] if named else words, path)
     need(1 <= int(number) < len(times), f"frame {frame}: {path} has frames 0 to {len(times) - 1}; give N from 1")
     return float(times[int(number) - 1]), float(times[int(number)])
 
@@ -494,13 +497,6 @@ def read_words(path: str | Path, most: int = -1) -> np.ndarray:
     return np.array(rows)
 
 
-def read_times(path: str | Path) -> tuple[np.ndarray, str]:
-    """The times of a file of times, of exposures, or of a list of `time name`, as `in_microseconds` gives them."""
-    words = read_words(path, most=1)
-    named = any(re.search(r"[^-+.\deE\s]", word) for word in words[:, -1])
-    return in_microseconds(words[:, :1] if named else words, path)
-
-
 def in_microseconds(words: np.ndarray, name: str | Path) -> tuple[np.ndarray, str]:
     """A time for each row of one number, or of two, the start and end of an exposure; and the unit they had: seconds if
     any is not a whole number, else microseconds."""
@@ -513,7 +509,7 @@ def in_microseconds(words: np.ndarray, name: str | Path) -> tuple[np.ndarray, st
         told = "a line is not a time, or the start and end of an exposure that follows the one before"
         raise ValueError(f"{name}: {told}; correct it") from None
     whole = all(word.lstrip("+-").isdigit() for word in words.flat)
-    return times * (1 if whole else 1e6), f" at times in {'microseconds' if whole else 'seconds'}"
+    return np.round(times * (1 if whole else 1e6), 3), f" at times in {'microseconds' if whole else 'seconds'}"
 
 
 def run(args: argparse.Namespace) -> None:

@@ -351,13 +351,13 @@ def check_times(events: Events, time_unit: str | None) -> None:
 
 def check_clock(events: Events, edges: np.ndarray | None) -> None:
     """Warns of a clock that jumps back, and of a long recording for an image of one moment."""
-    if not events.in_order:
-        back = float((events.t[:-1].astype(np.float64) - events.t[1:]).max())
-        if 2 * back > events.span[1] - events.span[0]:
-            told = f"its clock jumps back by {back:.16g} us, over half of its span; did it wrap?"
-            warnings.warn(f"{events.name}: {told} give the part before or after", stacklevel=4)
-    if edges is None and events.span[1] - events.span[0] > 5e6:
-        told = f"{events.span[1] - events.span[0]:.3g} us for a single image; give window, or frame, around it"
+    length = events.span[1] - events.span[0]
+    back = 0 if events.in_order else (events.t[:-1].astype(np.float64) - events.t[1:]).max()
+    if 2 * back > length:
+        told = f"its clock jumps back by {back:.16g} us, over half of its span; did it wrap?"
+        warnings.warn(f"{events.name}: {told} give the part before or after", stacklevel=4)
+    if edges is None and length > 5e6:
+        told = f"{length / 1e6:.1f} s of events for a single image; give window, or frame, around it"
         warnings.warn(f"{events.name}: {told}", stacklevel=4)
 
 
@@ -395,7 +395,7 @@ def land(homography, x: np.ndarray, y: np.ndarray, size: tuple[int, int]) -> np.
     with np.errstate(all="ignore"):  # w = 0 is outside
         column, row = np.rint(u / w), np.rint(v / w)
         inside = (w > 0) & (column >= 0) & (column < size[0]) & (row >= 0) & (row < size[1])
-    return np.where(inside, row * size[0] + column, -1).astype(np.int64)
+        return np.where(inside, row * size[0] + column, -1).astype(np.int64)
 
 
 def project(E_v: np.ndarray, lands: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -69,12 +69,12 @@ def data():
 
 @pytest.fixture
 def files(checkpoint, tmp_path, monkeypatch):
-    """The current folder, with image.png (84 x 112), events.npy (100 events in 99 us, upper half) and a checkpoint."""
+    """The current folder, with image.png (84 x 112), events.npy (100 events in 100 us, upper half) and a checkpoint."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(checkpoint.folder, "model")
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (112, 84, 3), dtype=np.uint8)).save("image.png")
     events = np.zeros(100, dtype=[("t", "i8"), ("x", "u2"), ("y", "u2"), ("p", "?")])
-    events["t"], events["x"], events["y"] = np.arange(100) + 1000, rng.integers(0, 84, 100), rng.integers(0, 56, 100)
+    events["t"], events["x"], events["y"] = np.r_[1000:1099, 1100], rng.integers(0, 84, 100), rng.integers(0, 56, 100)
     np.save("events.npy", events)
     return tmp_path

@@ -1,5 +1,6 @@
 """The class and the command line: look, ask, several questions, what is printed, and how the program ends."""
 
+import argparse
 import dataclasses
 import fcntl
 import io
@@ -104,6 +105,7 @@ OUT_OF_RANGE = {
         "rule": ("none",),
         "hot_pixels": ("drop",),
         "polarity": ("both",),
+        "homography": (np.eye(4), np.zeros((3, 3)), np.full((3, 3), np.nan), "nowhere.txt", [[1, 0], [0, 1]], [["a"]]),
         "window": ((9, 5), (float("nan"), 5), (0, float("inf"))),
         "order": ("txy", "txyy"),
         "time_unit": ("h",),
@@ -120,7 +122,7 @@ OUT_OF_RANGE = [(kind, name, value) for kind, of in OUT_OF_RANGE.items() for nam
 
 @pytest.mark.parametrize("kind, name, value", OUT_OF_RANGE)
 def test_what_is_out_of_range_is_named(kind, name, value):
-    with pytest.raises(ValueError, match=f"{name} "):
+    with pytest.raises(ValueError, match=f"{name}[ :]"):
         kind(**{name: value})
 
 
@@ -137,7 +139,8 @@ FLAGS = {  # field: the words of its flag, its value
     "hot_pixels": (["mend"], "mend"),
     "polarity": (["signed"], "signed"),
     "sensor": (["84x112"], (84, 112)),
-    "window": (["1e6", "1049000"], [1e6, 1049000.0]),
+    "homography": (["shift.txt"], ((1, 0, -10), (0, 1, 0), (0, 0, 1))),
+    "window": (["1s", "1049000"], [1e6, 1049000.0]),
     "order": (["ptyx"], "ptyx"),
     "time_unit": (["ms"], "ms"),
     "min_pixels": (["784"], 784),
@@ -156,6 +159,7 @@ def test_every_field_is_a_flag_that_reaches_the_model(files, capsys, monkeypatch
     monkeypatch.setattr(EPVLM, "look", lambda *given: seen.append(given[-1]) or look(*given))
     monkeypatch.setattr(EPVLM, "tokens", lambda *given: seen.append(given[-1]) or tokens(*given))
     command = ["image.png", "events.npy", QUESTION, "--model", "model", "--dtype", "float32"]
+    Path("shift.txt").write_text("1 0 -10\n0 1 0\n")
     assert main(command) == 0
     assert seen == [Options(), Sampling()] and lines(capsys)
     words = [word for name, (value, _) in FLAGS.items() for word in (f"--{name.replace('_', '-')}", *value)]
@@ -164,7 +168,10 @@ def test_every_field_is_a_flag_that_reaches_the_model(files, capsys, monkeypatch
     expected = [kind(**{each.name: FLAGS[each.name][1] for each in fields(kind)}) for kind in (Options, Sampling)]
     assert seen[2:] == expected
     assert out == EPVLM.from_pretrained("model").answer("image.png", "events.npy", QUESTION, *expected) + "\n"
-    assert ", 50 events in 49.0 ms, " in err
+    assert (
+        ", 50 events in 49.0 ms, {} of them outside the image, ".format((np.load("events.npy")["x"][:50] < 10).sum())
+        in err
+    )
 
 
 def test_help_lists_every_flag_with_its_default(capsys):
@@ -1024,7 +1031,7 @@ def test_a_pipe_is_utf8_whatever_the_locale(files, model, count):
 
 def source(image, **flags) -> Clip:
     """What the command line makes of its first argument and flags."""
-    nothing = dict.fromkeys(("times", "fps", "frames", "window"))
+    nothing = dict.fromkeys(("times", "fps", "frame", "frames", "window"))
     return epvlm.read_input(types.SimpleNamespace(**{**nothing, "image": image, **flags}))
 
 
@@ -1138,6 +1145,7 @@ def test_pages_without_times_are_a_still_image(files, name):
 def test_a_clip_on_the_command_line_is_that_of_the_class(clips, capsys, monkeypatch):
     """With events, dense without, and asked several questions: frames and events of the window alone."""
     rows, window = filmed(0, (84, 112), 360_000), ("--window", "40000", "280000")
+    rows = rows[np.argsort(rows["t"], kind="stable")]
     np.save("filmed.npy", rows)
     inside = ((rows["t"] >= 40_000) & (rows["t"] <= 280_000)).sum()
     model, clip = EPVLM.from_pretrained("model"), Clip([FRAMES[n] for n in (1, 3, 6)], TIMES[[1, 3, 6]])
@@ -1167,6 +1175,82 @@ def test_the_real_clip(checkpoint, data, capsys):
     assert re.match(r"kept (\d+) of \d+ patches .*, 50000 events in 193.8 ms, 5 frames at times in seconds$", kept(err))
 
 
+# The command line: alignment in space and time
+
+
+@pytest.mark.parametrize(
+    "text, us",
+    [
+        ("12000", 12_000),
+        ("12000us", 12_000),
+        ("10ms", 10_000),
+        ("0.07s", 70_000),
+        ("-5ms", -5000),
+        ("1e6", 1e6),
+        ("2e3ns", 2),
+        ("1605537493.718345s", 1605537493718345),
+    ],
+)
+def test_a_time_has_a_unit(text, us):
+    assert epvlm.microseconds(text) == us
+
+
+@pytest.mark.parametrize("text", ["", "ms", "10 min", "10m", "now", "1ss"])
+def test_what_is_no_time_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a time"):
+        epvlm.microseconds(text)
+
+
+def test_a_frame_is_a_window(files, capsys):
+    """From a list, exposures on the clock of DSEC, and plain times; the same as the window that it stands for."""
+    Path("images.txt").write_text("0.0 images/1.png\n0.00102 images/2 b.png\n0.00105 images/3.png\n")
+    Path("exposures.txt").write_text("# start, end\n900, 910\n1010, 1030\n1040, 1060\n")
+    Path("times.txt").write_text("0\n1020\n1050\n")
+    for flags in (
+        ["--window", "1020", "0.00105s"],
+        *(["--frame", f"{name}.txt:2"] for name in ("images", "exposures", "times")),
+    ):
+        assert main(["image.png", "events.npy", *ASK, *flags]) == 0
+        assert kept(lines(capsys)[1]).endswith("31 events in 0.0 ms")
+
+
+@pytest.mark.parametrize("write", [
+    lambda H: np.save("H", H), lambda H: np.save("H", H.astype("f4")), lambda H: np.savetxt("H", H, header="a comment"),
+    lambda H: np.savetxt("H", H, delimiter=", "), lambda H: np.savetxt("H", H[:2]), lambda H: np.save("H", H[:2]),
+])  # fmt: skip
+def test_a_homography_is_read_from_a_file(files, write):
+    H = np.array([[-2.0, 0, 83], [0, 2, 0.5], [0, 0, 1]])
+    write(H)
+    path = next(path for path in map(Path, ("H", "H.npy")) if path.exists())
+    for source in (str(path), path, H, H.tolist(), H[:2]):
+        assert Options(homography=source).homography == tuple(map(tuple, H.tolist()))
+    assert len({Options(homography=H), Options(homography=path)}) == 1  # it can be compared
+
+
+def test_mirrored_events_are_brought_back(files, capsys):
+    """As if the event camera saw the image in a mirror, from another place, at half the size."""
+    events, model = np.load("events.npy"), EPVLM.from_pretrained("model")
+    events["x"], events["y"] = events["x"] // 2 * 2, events["y"] // 2 * 2
+    seen = events.copy()
+    seen["x"], seen["y"] = (83 - events["x"].astype(int)) // 2 + 7, events["y"] // 2
+    np.save("aligned.npy", events), np.save("seen.npy", seen)
+    H = [[-2, 0, 82 + 14], [0, 2, 0], [0, 0, 1]]
+    expected = model.look("image.png", "aligned.npy")
+    view = model.look("image.png", "seen.npy", Options(homography=H, sensor=(60, 60)))
+    assert np.array_equal(view.S, expected.S) and torch.equal(view.patches, expected.patches)
+    assert str(view) == str(expected)
+    np.savetxt("H.txt", H)
+    assert main(["image.png", "seen.npy", *ASK, "--homography", "H.txt"]) == 0
+    assert kept(lines(capsys)[1]) == str(expected)
+    with pytest.raises(ValueError, match="perhaps homography is the inverse"):
+        model.look("image.png", "seen.npy", Options(homography=np.linalg.inv(H)))
+    clip = Clip(FRAMES[:4], TIMES[:4])
+    filming, mirrored = filmed(0, (84, 112), 160_000), filmed(0, (84, 112), 160_000)
+    mirrored["x"] = 83 - mirrored["x"].astype(int)
+    views = model.look(clip, filming), model.look(clip, mirrored, Options(homography=[[-1, 0, 83], [0, 1, 0]]))
+    assert np.array_equal(views[0].S, views[1].S) and str(views[0]) == str(views[1])
+
+
 # The command line: bad input
 
 
@@ -1182,8 +1266,22 @@ BAD_INPUT = [  # arguments, words of the one line
     (("image.png", "text.npy", *ASK), ("text.npy", "neither .npy nor .npz")),
     (("image.png", "pickled.npy", *ASK), ("pickled.npy", "pickle")),
     (("image.png", "wide.npy", *ASK), ("wide.npy", "x 700 to 700", "84 x 112", "sensor, WIDTHxHEIGHT")),
-    (("image.png", "events.npy", *ASK, "--window", "5", "9"), ("1000 to 1099 us", "change window")),
+    (("image.png", "events.npy", *ASK, "--window", "5", "9"), ("1000 to 1100 us", "change window")),
     (("image.png", "events.npy", *ASK, "--window", "9", "5"), ("window 9 5",)),
+    (("image.png", "events.npy", *ASK, "--window", "9", "5h"), ("argument --window: '5h' is not a time",)),
+    (("image.png", "events.npy", *ASK, "--frame", "list.txt"), ("frame list.txt: give FILE:N",)),
+    (("image.png", "events.npy", *ASK, "--frame", "list.txt:0"), ("frame list.txt:0", "frames 0 to 1", "from 1")),
+    (("image.png", "events.npy", *ASK, "--frame", "list.txt:2"), ("frame list.txt:2", "frames 0 to 1", "from 1")),
+    (("image.png", "events.npy", *ASK, "--frame", "gone:1"), ("gone: cannot be read",)),
+    (("image.png", "events.npy", *ASK, "--frame", "list.txt:1", "--window", "5", "9"), ("window and frame: give one",)),
+    (("image.png", "events.npy", *ASK, "--frame", "late.txt:1"), ("from 5000000 to 5040000 us", "1000 to 1100 us")),
+    (("image.png", "events.npy", *ASK, "--homography", "no.txt"), ("homography no.txt: No such file", "three rows")),
+    (("image.png", "events.npy", *ASK, "--homography", "text.png"), ("homography text.png", "three rows of three")),
+    (("image.png", "events.npy", *ASK, "--homography", "pickled.npy"), ("homography pickled.npy", "three rows")),
+    (("image.png", "events.npy", *ASK, "--homography", "map.npy"), ("homography map.npy: its shape is (9, 9)",)),
+    (("image.png", "events.npy", *ASK, "--homography", "three.txt"), ("homography three.txt: it has no inverse",)),
+    (("image.png", "none.raw", *ASK), ("none.raw: cannot be", "python examples/convert.py none.raw -o events.npy")),
+    (("image.png", "image.png", *ASK), ("image.png: cannot be read as events", "make a map of it: python -c")),
     (("image.png", "seconds.npy", *ASK, "--window", "5", "9"), ("no event from 5 to 9 us",)),  # without its warning
     (("image.png", "seconds.npy", "x" * 40_000, *MODEL, "1"), ("exceed the model's 32768", "shorten the question")),
     (("image.png", "events.npy", *ASK, "--sparsity", "1"), ("sparsity 1.0", "[0, 1)")),
@@ -1243,7 +1341,7 @@ BAD_INPUT = [  # arguments, words of the one line
     (("nan.txt", "none", *ASK), ("nan.txt: a line is not a time",)),
     (("sizes", "none", *ASK, "--fps", "9", "--frames", "8"), (": 84 x 28 pixels of 8 bits", "one size")),
     (("list.txt", "map.npy", *ASK), ("an event map of 9 x 9 has no times", "give a clip a recording")),
-    (("late.txt", "events.npy", *ASK), ("no event from 4980000 to 5060000 us", "1000 to 1099 us", "the events' clock")),
+    (("late.txt", "events.npy", *ASK), ("from 4980000 to 5060000 us", "1000 to 1100 us", "clocks' offset")),
     (("long", "none", *ASK, "--fps", "9", "--frames", "8", "--model", str(TINY), "--min-pixels", "602112",
       "--max-pixels", "700000"), ("tokens of the clip", "exceed the model's 1024", "frames 2 or fewer")),
 ]  # fmt: skip
@@ -1255,6 +1353,7 @@ def bad_files(files):
     Path("text.png").write_text("no picture")
     Path("cut.png").write_bytes(Path("image.png").read_bytes()[:5000])
     Path("text.npy").write_text("1 2 3 4")
+    Path("none.raw").write_text("% evt 3.0")
     Path("empty").mkdir()
     os.mkfifo("fifo")  # it would be waited for without end
     np.save("pickled.npy", {"x": 1})

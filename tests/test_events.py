@@ -5,14 +5,20 @@ import itertools
 import math
 import os
 import pickle
+import re
+import shlex
+import subprocess
+import sys
 import warnings
 import zipfile
+from contextlib import nullcontext
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image
@@ -111,11 +117,12 @@ EXPECTED = [[3, 5, 3, 0], [1, 2, 0, 2], [0, 40, 90, 250], [0, 1, 1, 0]]
 @pytest.mark.parametrize(
     "names",
     ["x y t p", "t x y p", "p t y x", "x_pos y_pos timestamp polarity", "X Y ts pol", "ts x_pos y_pos pol",
-     "xs ys timestamps ps", "polarities time y x"],
+     "xs ys timestamps ps", "polarities time y x", "t x y on", "x y timestamp is_increase"],
 )  # fmt: skip
 @pytest.mark.parametrize("stored", ["structured", "npz", "npz of N x 1"])
 def test_fields_by_their_usual_names_in_any_order(tmp_path, names, stored):
-    named = {name: ROWS[next(c for c in "xypt" if name.lower().startswith(c))] for name in names.split()}
+    column = {"on": "p", "is_increase": "p"}
+    named = {name: ROWS[column.get(name, name.lower()[0])] for name in names.split()}
     if stored == "structured":
         rows = np.rec.fromarrays(list(named.values()), names=list(named))
         np.save(tmp_path / "e.npy", rows)
@@ -191,6 +198,7 @@ def test_archives(tmp_path):
     folder = {f"events/{name}": ROWS[name] for name in "xytp"}
     for arrays in (
         {"event_data": ROWS, "label": np.int64(3)},  # N-ImageNet
+        {"events": ROWS, "width": np.int64(6), "t": np.zeros(2)},
         {"arr_0": ROWS},
         {**plain, "meta": np.array([None])},  # an object that is not read
         {**folder, "ms_to_idx": np.arange(9)},
@@ -407,7 +415,7 @@ MESSAGES = [  # how it ends, what is read, how it is aligned
      "this)", two(t=[1, 100]), None),
     ("its clock jumps back by 900 us, over half of its span; did it wrap? give the part before or after",
      two(t=np.array([1000, 100], "u4")), ((2, 2),)),
-    ("the events: 5.2e+06 us for a single image; give window, or frame, around it", two(t=[0, 5_200_000]), ((2, 2),)),
+    ("the events: 5.2 s of events for a single image; give window, or frame, around it", two(t=[0, 5_200_000]), ((2, 2),)),
     *[(f"the events: events fill a sensor of {sensor[0]} x {sensor[1]}, the image is {size[0]} x {size[1]}; if the "
        "camera is that, give sensor {}x{}".format(*sensor), two(x=[0, sensor[0] - 3], y=[0, sensor[1] - 1]), (size,))
       for sensor, size in (((346, 260), (640, 480)), ((240, 180), (346, 260)), ((1280, 720), (1920, 1080)))],
@@ -558,6 +566,31 @@ def test_only_fractions_over_a_short_range_without_a_unit_warn():
         read_events(two())
 
 
+def test_maps_that_stay_valid():
+    """Smooth ones, noise, constant ones, binary ones with half of it empty; a light ground once it is taken away."""
+    rng, busy = np.random.default_rng(0), np.random.default_rng(1).random((30, 40)) < 0.2
+    ground = np.where(busy, 9, 255)
+    valid = [np.full((30, 40), 7), np.full((30, 40), True), np.arange(1200.0).reshape(30, 40)]
+    valid += [rng.normal(size=(30, 40)), rng.integers(0, 256, (30, 40), dtype="u1")]
+    valid += [np.repeat([[0, 1]], 30, 0).repeat(20, 1), busy, np.where(busy, -3, 0)]
+    for values in valid:
+        assert np.array_equal(read_events(values).values, values)
+    for dtype in ("u1", "i8", "f4"):
+        with pytest.raises(ValueError, match=r"np.abs\(map.astype\(float\) - 255\)"):
+            read_events(ground.astype(dtype))
+        assert np.array_equal(read_events(np.abs(ground.astype(dtype).astype(float) - 255)).values, 246.0 * busy)
+
+
+def test_a_picture_of_events_becomes_a_map_by_the_command_it_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.where(np.eye(28), 200, 0).astype("u1")).convert("RGB").save("it's one.png")
+    with pytest.raises(ValueError, match="make a map of it: python -c") as raised:
+        read_events("it's one.png")
+    command = shlex.split(str(raised.value).partition("make a map of it: ")[2])
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    assert np.array_equal(read_events("map.npy").values, 200 * np.eye(28))
+
+
 # Aligning
 
 
@@ -608,6 +641,94 @@ def test_a_sensor_that_seems_wrong_warns(size, sensor, doubtful):
         warnings.simplefilter("always")
         read_events(rows_of((29, 19, 0, 0))).align(size, sensor)
     assert [str(warning.message).startswith("the events: ") for warning in caught] == [True] * doubtful
+
+
+# A homography
+
+
+def slow_map(rows, homography, size, polarity="count") -> np.ndarray:
+    """Each event by itself: E_v of the image, (height, width) of `size`."""
+    E_v = np.zeros(size[::-1])
+    for x, y, _, p in rows.tolist():
+        u, v, w = (row[0] * x + row[1] * y + row[2] for row in homography)
+        if w > 0 and 0 <= round(u / w) < size[0] and 0 <= round(v / w) < size[1]:
+            E_v[round(v / w), round(u / w)] += 1 if polarity == "count" else 2 * p - 1
+    return E_v
+
+
+@given(recordings(min_size=1), st.sampled_from(["count", "signed"]), st.data())
+def test_moving_the_sensors_pixels_is_moving_each_event(recording, polarity, data):
+    """A camera turned, scaled, cut or seen aslant; whole numbers over 64, so that both round alike."""
+    (rows, sensor), scale = recording, st.sampled_from([-128, -64, -16, 0, 16, 64, 192])
+    H = np.array(
+        [[data.draw(scale), data.draw(scale), 64 * data.draw(st.integers(-20, 40))] for _ in "xy"] + [[0, 0, 64]]
+    )
+    H[2, :2] = data.draw(st.tuples(*[st.integers(-2, 8)] * 2))
+    assume(np.linalg.matrix_rank(H) == 3)
+    size, given = (data.draw(st.integers(1, 50)), data.draw(st.integers(1, 50))), data.draw(st.booleans())
+    expected = slow_map(rows, H.tolist(), size, polarity)
+    inside = slow_map(rows, H.tolist(), size).sum()
+    with warnings.catch_warnings(action="ignore"):
+        events = read_events(rows).align(size, sensor if given else None, mapped=True)
+    assert events.sensor == (sensor if given else (rows["x"].max() + 1, rows["y"].max() + 1))
+    try:
+        (E_v,), outside = event_maps([events], polarity, "keep", H, size)
+    except ValueError as error:
+        assert "inverse" in str(error) and (2 * inside < len(rows) or " of the image; perhaps" in str(error))
+        return
+    assert np.array_equal(E_v, expected) and outside == len(rows) - inside <= len(rows) / 2
+
+
+WIDE, TALLER = (40, 30), (30, 40)
+CAMERAS = {  # homography, the image's size, and where x 3, y 5 of a sensor of 40 x 30 lies in it
+    "mirrored": ([[-1, 0, 39], [0, 1, 0], [0, 0, 1]], WIDE, (36, 5)),
+    "upside down": ([[-1, 0, 39], [0, -1, 29], [0, 0, 1]], WIDE, (36, 24)),
+    "transposed": ([[0, 1, 0], [1, 0, 0], [0, 0, 1]], TALLER, (5, 3)),
+    "turned": ([[0, -1, 29], [1, 0, 0], [0, 0, 1]], TALLER, (24, 3)),
+    "cut": ([[1, 0, -2], [0, 1, -4], [0, 0, 1]], (36, 22), (1, 1)),
+    "larger, by another lens": ([[4, 0, 8], [0, 4, 4], [0, 0.004, 1.02]], (160, 120), (19, 23)),
+}
+
+
+@pytest.mark.parametrize("homography, size, place", CAMERAS.values(), ids=CAMERAS)
+def test_cameras_beside_the_image(homography, size, place):
+    events = read_events(rows_of(*[(3, 5, n, 1) for n in range(200)])).align(size, WIDE, mapped=True)
+    maps, outside = event_maps([events], "count", "keep", homography, size)
+    assert outside == 0 and np.argwhere(next(maps)).tolist() == [list(place[::-1])]
+    with pytest.raises(ValueError, match="perhaps homography is the inverse") if size == (160, 120) else nullcontext():
+        event_maps([events], "count", "keep", np.linalg.inv(homography), size)
+
+
+def test_a_homography_that_sees_little_or_nothing_is_refused():
+    rows = rows_of(*[(x, y, 40 * y + x, 1) for y in range(30) for x in range(40)])
+    events, maps = read_events(rows).align(WIDE, mapped=True), partial(event_maps, polarity="count", hot_pixels="keep")
+    for scale, size, told in (
+        (8, (160, 120), "300 of 1200 events fall inside the image; perhaps homography is the inverse"),
+        (1, (160, 120), "40 x 30 sees 6.2% of the image; perhaps homography is the inverse, or give sensor"),
+        (-1, (40, 30), "1 of 1200 events fall inside"),  # w > 0, and only the corner stays
+    ):
+        with pytest.raises(ValueError, match=re.escape(told)):
+            maps([events], homography=np.diag([scale, scale, 1]), size=size)
+    (E_v,), outside = maps([events], homography=np.diag([1, 1, 1]), size=(30, 30))
+    assert outside == 300 and E_v.shape == (30, 30) and (E_v == 1).all()
+    with pytest.raises(ValueError, match="0 of 1200 events"):  # behind the camera
+        maps([events], homography=np.diag([-1, -1, -1]), size=WIDE)
+    with warnings.catch_warnings(action="ignore"):
+        empty = read_events(rows[:0]).align(WIDE, mapped=True)
+    assert maps([empty], homography=np.eye(3), size=WIDE)[1] == 0
+
+
+def test_hot_pixels_are_mended_before_they_are_moved():
+    counts = np.random.default_rng(0).integers(0, 5, (30, 40))
+    counts[7, 9] = 900
+    moments = [read_events(fired(counts)).align(WIDE, mapped=True), EventMap(counts)]
+    for moment in moments:
+        maps, _ = event_maps([moment], "count", "mend", [[-1, 0, 39], [0, 1, 0], [0, 0, 1]], WIDE)
+        assert np.array_equal(next(maps), mend(counts)[:, ::-1])
+    maps, outside = event_maps(moments[1:], "count", "keep", [[1, 0, 0], [0, 1, -1], [0, 0, 1]], WIDE)
+    assert np.array_equal(next(maps), np.vstack([counts[1:], np.zeros((1, 40))])) and outside == counts[0].sum()
+    told = f"an event map of 40 x 30, {counts[0].sum()} of its sum outside the image"
+    assert summary(moments[1:], outside) == told
 
 
 # Accumulation
