@@ -134,7 +134,7 @@ def read_answers(folder: Path) -> dict[Path, tuple[dict, list[dict]]]:
             found[path] = dict(settings["settings"]), records
             known = by_job(records).values()
             fine = lines or rest[: len(start)] == start[: len(rest)]
-            if not fine or any(record.keys() < NEEDED for record in known if "error" not in record):
+            if not fine or not all(record.keys() >= NEEDED for record in known if "error" not in record):
                 raise ValueError
         except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f"{path}: holds other things than answers; give another folder") from None

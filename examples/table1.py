@@ -15,9 +15,9 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from evaluate import table_of
 
 from common import Parser, by_job, exit_status, markdown, read_answers
+from evaluate import table_of
 from events import budget, need
 from llm import Decoder, DecoderConfig
 from vit import VisionConfig, VisionTransformer
