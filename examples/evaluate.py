@@ -120,17 +120,21 @@ def checked(read) -> dict:
         need(not shown or all(known), f"answer {', '.join(keys):.60}: give one of the choices, or its letter")
         return row | {"group": str(row.get("group", "")), "answer": keys}
     except (ValueError, TypeError) as error:
-        return {"group": str(row.get("group", "")), "error": common.one_line(error)}
+        group = str(row["group"]) if type(row.get("group")) in KINDS["group"] else ""
+        return {"group": group, "error": common.one_line(error)}
 
 
 def index(files: list[Path]) -> tuple[list[dict], str]:
     """All rows, with texts in the place of what is looked at, `look` and `image`, equal where it is; and a digest."""
     table, whole = [], hashlib.sha256()
     for row in rows(files):
-        look = [str(row.pop("folder")), *(row.pop(name, None) for name in LOOK)]
-        row["look"] = json.dumps(look, default=lambda image: hashlib.sha256(image).hexdigest())
-        table.append(row | {"image": str(json.loads(row["look"])[:3]), "dark": look[5] is None and "error" not in row})
-        whole.update(json.dumps(row).encode())
+        folder, look = str(row.pop("folder")), [row.pop(name, None) for name in LOOK]
+        if isinstance(look[0], bytes):
+            look[0] = [hashlib.sha256(look[0]).hexdigest()]
+        image = str(["" if isinstance(look[0], list) else folder, *look[:2]])
+        whole.update(json.dumps([look, row], default=str).encode())
+        dark = look[4] is None and "error" not in row
+        table.append(row | {"look": str([folder, *look]), "image": image, "dark": dark})
     fine = any(row.get("error") != NO_ROW for row in table)
     need(fine, f"{files[0]}: no rows in it; give JSON Lines, one object a line, or parquet")
     return table, whole.hexdigest()[:16]
@@ -187,7 +191,8 @@ def ask(model: EPVLM, row: dict, those: list[dict], table: list[dict], args: arg
 def options_of(row: dict, job: dict, args: argparse.Namespace) -> Options:
     own = {"sparsity": job["sparsity"]} | ({"rule": job["rule"]} if job["sparsity"] else {})
     if "window" in row:
-        own["window"] = tuple(microseconds(str(time)) for time in row["window"])
+        start, end = (microseconds(str(time)) for time in row["window"])
+        own["window"] = start, end
     if given := row.get("homography"):
         own["homography"] = str(row["folder"] / given) if isinstance(given, str) else given
     if args.camera and "events" not in row:  # these have the image's pixels, and those of a still a clock of their own
