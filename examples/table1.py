@@ -62,8 +62,8 @@ def costs(patches: int, text: int) -> None:
             ours = share * linear
             cells += [f"{ours:.2f}", paper, "–" if paper == "–" else f"{ours - paper:+.2f}", f"{share * every:.2f}"]
             if paper not in ("–", round(ours, 1)):
-                text = f"the paper prints {paper} T {unit}, its count gives {ours:.2f}."
-                remarks.append(f"- {name} at {sparsity:g}: {text}")
+                told = f"the paper prints {paper} T {unit}, its count gives {ours:.2f}."
+                remarks.append(f"- {name} at {sparsity:g}: {told}")
         lines.append(cells)
     print(markdown(head, lines), "", *remarks, sep="\n")
 
