@@ -415,7 +415,7 @@ MESSAGES = [  # how it ends, what is read, how it is aligned
      "this)", two(t=[1, 100]), None),
     ("its clock jumps back by 900 us, over half of its span; did it wrap? give the part before or after",
      two(t=np.array([1000, 100], "u4")), ((2, 2),)),
-    ("the events: 5.2 s of events for a single image; give window, or frame, around it", two(t=[0, 5_200_000]), ((2, 2),)),
+    ("5.2 s of events for a single image; give window, or frame, around it", two(t=[0, 5_200_000]), ((2, 2),)),
     *[(f"the events: events fill a sensor of {sensor[0]} x {sensor[1]}, the image is {size[0]} x {size[1]}; if the "
        "camera is that, give sensor {}x{}".format(*sensor), two(x=[0, sensor[0] - 3], y=[0, sensor[1] - 1]), (size,))
       for sensor, size in (((346, 260), (640, 480)), ((240, 180), (346, 260)), ((1280, 720), (1920, 1080)))],

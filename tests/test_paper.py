@@ -23,10 +23,11 @@ from transformers import Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as theirs_resize
 
+import epvlm
 import tiny
 import vit
 from epvlm import EPVLM, Options, Sampling, View, main
-from events import read_events
+from events import Events, read_events
 from llm import Decoder, DecoderConfig, KVCache
 from oracles import assert_close, clip_rows, masked_decoder, masked_vision
 from strategies import CLIP, SPARSITIES, TEXTS, XYTP, group_masks, patch_masks
@@ -601,25 +602,92 @@ def test_python(tmp_path, monkeypatch, capsys):
     assert "red" in out and "yellow" in out
 
 
-@pytest.mark.parametrize("kind", ["csv", "h5", "pickled"])
-def test_conversions(tmp_path, monkeypatch, kind):
-    """The lines that convert files keep the events."""
+def test_pickles(tmp_path, monkeypatch):
+    """The line that converts a pickled dict keeps the events."""
     monkeypatch.chdir(tmp_path)
     t, x, y, p = rows = np.array([[1000, 2000, 4000], [5, 3, 300], [7, 8, 9], [1, 0, 1]])
-    if kind == "csv":
-        np.savetxt("events.csv", rows.T, delimiter=",", header="t,x,y,p", fmt="%d")
-    elif kind == "pickled":
-        np.save("pickled.npy", {"x": x, "y": y, "t": t, "p": p}, allow_pickle=True)
-    else:
-        pytest.importorskip("hdf5plugin")
-        with pytest.importorskip("h5py").File("events.h5", "w") as file:
-            for name, column in zip("txyp", rows, strict=True):
-                file[f"events/{name}"] = column
-    (command,) = (line for line in re.findall(r'python -c "(.*)"', README) if kind in line)
+    np.save("pickled.npy", {"x": x, "y": y, "t": t, "p": p}, allow_pickle=True)
+    (command,) = re.findall(r'python -c "(.*)"', README)
     exec(command, {})
-    (converted,) = (file for file in ("events.npy", "events.npz") if Path(file).is_file())
-    events = read_events(converted)
+    events = read_events("events.npz")
     assert np.array_equal(np.stack((events.t, events.x, events.y, events.p)), rows)
+
+
+def lens(x, y):
+    """Where a lens that bends puts a point of the straightened picture, in pixels of a camera of 160 x 120."""
+    u, v = (x - 80) / 100, (y - 60) / 100
+    bent = 1 - 0.1 * (u * u + v * v)
+    return 80 + 100 * u * bent + 1.5, 60 + 100 * v * bent - 1
+
+
+def dsec(folder: Path) -> np.ndarray:
+    """A small sequence as DSEC lays it out, of something that moves in four places between frames 16 and 17, and
+    elsewhere before and after. Returns the events of that time where they belong in the image: (n, 2) pixels."""
+    import h5py
+    import yaml
+
+    rng = np.random.default_rng(17)
+    turn = np.linalg.qr(np.array([[1, -0.02, 0.08], [0.02, 1, 0.05], [-0.08, -0.05, 1]]))[0]
+    turn *= np.sign(np.diag(turn))
+    cameras = {"camRect0": (100, 160, 120, 80, 60), "camRect1": (300, 360, 270, 182, 133)}
+    K_event, K = (np.array([[f, 0, x], [0, f, y], [0, 0, 1]]) for f, _, _, x, y in cameras.values())
+    intrinsics = {
+        name: {"camera_matrix": [f, f, x, y], "resolution": [w, h]} for name, (f, w, h, x, y) in cameras.items()
+    }
+    extrinsics = {"T_10": np.pad(turn, (0, 1)).tolist(), **{f"R_rect{n}": np.eye(3).tolist() for n in range(2)}}
+    (folder / "cam_to_cam.yaml").write_text(yaml.safe_dump({"intrinsics": intrinsics, "extrinsics": extrinsics}))
+    centres = np.array([(100, 80), (250, 60), (150, 200), (280, 210)])
+    true = (centres[rng.integers(0, 4, 40_000)] + rng.normal(0, 14, (40_000, 2))).clip(0, (359, 269))
+    x, y, w = np.linalg.inv(K @ turn @ np.linalg.inv(K_event)) @ np.vstack([true.T, np.ones(len(true))])
+    seen = np.rint(lens(x / w, y / w)).T
+    inside = ((seen >= 0) & (seen <= (159, 119))).all(axis=1)
+    true, seen = true[inside], seen[inside]
+    straight = raw = np.stack(np.meshgrid(np.arange(160.0), np.arange(120.0)), axis=-1)
+    for _ in range(50):  # the map undoes the lens
+        straight = straight + raw - np.stack(lens(*np.moveaxis(straight, -1, 0)), axis=-1)
+    with h5py.File(folder / "rectify_map.h5", "w") as file:
+        file["rectify_map"] = straight.astype("f4")
+    clock, elsewhere = 49_599_300_523, rng.integers((70, 0), (90, 120), (90_000, 2))  # microseconds, of frame 0
+    when = ((0, 16 * 50_000, 45_000), (17 * 50_000 + 1, 10**6, 45_000), (16 * 50_000, 17 * 50_000, len(seen)))
+    t = clock + np.concatenate([rng.integers(*each) for each in when])
+    order, places = np.argsort(t, kind="stable"), np.concatenate([elsewhere, seen])
+    with h5py.File(folder / "events.h5", "w") as file:
+        file["t_offset"] = np.int64(clock - 12)
+        columns = zip("xytp", (*places.T.astype("u2"), (t - clock + 12).astype("u4"), t % 2), strict=True)
+        for name, column in columns:
+            file[f"events/{name}"] = column[order]
+    (folder / "timestamps.txt").write_text("".join(f"{clock + 50_000 * n}\n" for n in range(20)))
+    Image.fromarray(rng.integers(0, 256, (270, 360, 3), dtype=np.uint8)).save(folder / "000017.png")
+    return true
+
+
+def test_dsec(tmp_path, monkeypatch, capsys):
+    """From a folder as DSEC has it, by the README's two commands: nearly all cells kept are those that events which
+    were aligned from the start keep."""
+    convert = pytest.importorskip("convert")
+    for package in ("h5py", "hdf5plugin", "yaml"):
+        pytest.importorskip(package)
+    monkeypatch.chdir(tmp_path)
+    true, views, look = dsec(tmp_path), [], EPVLM.look
+    converting, asking = (
+        re.search(rf"python (?:examples/)?{name}\.py (.*dsec.*|.*rectify.*|.*:17)", README)[1]
+        for name in ("convert", "epvlm")
+    )
+    assert convert.main(shlex.split(converting)) == 0
+    monkeypatch.setattr(EPVLM, "look", lambda *given: views.append(look(*given)) or views[-1])
+    tiny = ["--model", str(ROOT / "examples" / "tiny"), "--device", "cpu"]
+    assert main([*shlex.split(asking), "--sparsity", "0.7", *tiny]) == 0, capsys.readouterr().err
+    x, y = np.rint(true).astype(int).T
+    aligned = Events(x, y, np.zeros(len(x)), np.ones(len(x), int))
+    model = EPVLM.from_pretrained(ROOT / "examples" / "tiny", device="cpu")
+    expected = model.look("000017.png", aligned, Options(sparsity=0.7, time_unit="us"))
+    both = (views[0].groups & expected.groups).sum() / expected.tokens
+    assert views[0].tokens == expected.tokens and both >= 0.95
+    assert convert.main(["events.h5", "-o", "raw.npy"]) == 0  # a sensor of another size, and all times: much is wrong
+    window = epvlm.between("timestamps.txt:17")
+    for events, options in (("raw.npy", Options(0.7, sensor=(160, 120), window=window)), ("events.npy", Options(0.7))):
+        wrong = model.look("000017.png", events, options)
+        assert (wrong.groups & expected.groups).sum() / expected.tokens < 0.8
 
 
 def test_first_command(monkeypatch, capsys):
