@@ -52,7 +52,7 @@ SETTING = itemgetter("sparsity", "rule")
 
 def find(data: str, revision: str | None = None) -> list[Path]:
     """The files of a file, a folder, or a dataset on the hub, which is downloaded. Raises ValueError."""
-    place = Path(data).expanduser().absolute()
+    place = Path(data).expanduser()
     try:
         if not place.exists():
             place = Path(snapshot_download(data, repo_type="dataset", revision=revision, allow_patterns="*.parquet"))
@@ -159,8 +159,8 @@ def asked(mine: dict[int, list[dict]], table: list[dict], files: list[Path], arg
     """The records of jobs by the number of a row that has their look."""
     model = common.load(args)
     if not args.camera and any(args.sparsities) and (dark := sum(row["dark"] for row in table)):
-        remedy = "only the rule cover drops any of their patches; --camera makes events"
-        warnings.warn(f"{dark} rows have no events: {remedy}", stacklevel=2)
+        told = "only the rule cover drops any of their patches; --camera makes events"
+        warnings.warn(f"rows without events: {dark}; {told}", stacklevel=2)
     for row in rows(files):  # once more, for the images
         yield from ask(model, row, mine.get(row["number"], []), table, args)
 

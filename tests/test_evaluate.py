@@ -6,6 +6,8 @@ import io
 import json
 import os
 import random
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -29,6 +31,7 @@ from epvlm import EPVLM, Options, Sampling
 from vit import Clip
 
 SCRIPT = Path(evaluate.__file__)
+README = SCRIPT.parent / "README.md"
 ALONE = {**os.environ, "OMP_NUM_THREADS": "1"}
 COMMON = ("--model", str(TINY), "--max-new-tokens", "8", "--device", "cpu")
 SCORES = ["exact % (95 %)", "beside dense", "right of asked", "choice % (95 %)", "beside dense", "right of asked"]
@@ -560,10 +563,10 @@ def test_what_is_likely_a_mistake_is_warned_of(folder, tmp_path):
     plain = {"image": str(folder / "0.png"), "question": "what?", "answer": "x"}
     data = jsonl(tmp_path / "a.jsonl", plain, {**plain, "evnts": "0.npy", "id": 5})
     done = call("--data", data, "--output", tmp_path / "a", "--sparsity", 0, 0.5)
-    dark = "2 rows have no events: only the rule cover drops any of their patches; --camera makes events"
+    dark = "rows without events: 2; only the rule cover drops any of their patches; --camera makes events"
     unknown = "the data have fields that are not used: evnts, id"
     assert done.returncode == 0
-    assert sorted(done.stderr.splitlines()) == [f"evaluate: warning: {text}" for text in (dark, unknown)]
+    assert sorted(done.stderr.splitlines()) == [f"evaluate: warning: {text}" for text in sorted((dark, unknown))]
     assert call("--data", data, "--output", tmp_path / "b", "--sparsity", 0).stderr.count("\n") == 1
     assert call("--data", data, "--output", tmp_path / "c", "--camera").stderr.count("\n") == 1
     Image.fromarray(np.full((56, 56), 40000, np.uint16)).save(tmp_path / "16.png")
@@ -662,3 +665,21 @@ def test_progress_is_shown_on_a_terminal(folder, tmp_path):
     shown = os.read(terminal, 10_000).decode()
     os.close(terminal)
     assert done.returncode == 0 and "1 of 2 questions" in shown and shown.endswith("2 of 2 questions\r\x1b[K")
+
+
+def test_the_worked_example_of_the_readme(tmp_path, monkeypatch):
+    """The folder, its questions, the command, and all it prints but the seconds."""
+    (section,) = re.findall(r"^## Your own questions\n(.*?)^### ", README.read_text(), re.MULTILINE | re.DOTALL)
+    quoted = re.findall(r"^ {4}(.*)$", section, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "examples").symlink_to(README.parent)
+    assert quoted[0] == "mkdir mine" and not (tmp_path / "mine").mkdir()
+    for command in quoted[1:3]:
+        assert scenes.main(shlex.split(command)[2:]) in (0, None)
+    jsonl(tmp_path / "mine" / "questions.jsonl", *(line for line in quoted if line.startswith("{")))
+    (command,) = (line for line in quoted if "evaluate.py" in line)
+    done = call(*shlex.split(command)[2:])
+    assert done.returncode == 0 and cells(done.stdout) == cells(section)
+    assert done.stdout.splitlines()[:2] == [line for line in section.splitlines() if line.startswith("|")][:2]
+    listed = [line for line in done.stdout.splitlines() if line and not line.startswith("|")]
+    assert listed == quoted[-2:]
