@@ -104,7 +104,7 @@ def by_image(records: Iterable[dict], score: str) -> list[tuple[int, int]]:
 
 def markdown(head: Iterable, rows: Iterable[Iterable]) -> str:
     """A table."""
-    lines = [[str(cell).replace("|", r"\|") for cell in line] for line in (head, *rows)]
+    lines = [[" ".join(str(cell).split()).replace("|", r"\|") for cell in line] for line in (head, *rows)]
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -267,6 +267,8 @@ def table_of(records: list[dict]) -> tuple[list[str], list[list]]:
 
 def report(records: list[dict], table: list[dict]) -> None:
     """Prints the table, what could not be asked, and what came with a warning."""
+    if hasattr(sys.stdout, "reconfigure"):  # whatever the locale and the data
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     print(common.markdown(*table_of(records)))
     for key, title in (("error", "Not asked, and not counted"), ("warning", "Asked with a warning")):
         lines = dict.fromkeys(f"- {table[record['row']]['at']}: {record[key]}" for record in records if key in record)

@@ -609,7 +609,7 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(folder, single, tmp_pa
 def test_only_parquet_needs_pyarrow(folder, tmp_path):
     (tmp_path / "pyarrow.py").write_text("raise ModuleNotFoundError(\"No module named 'pyarrow'\", name='pyarrow')")
     parquet.write_table(pyarrow.table([[b""], ["q"], ["a"]], COLUMNS), tmp_path / "a.parquet")
-    env = {"PYTHONPATH": str(tmp_path)}
+    env = {"PYTHONPATH": str(tmp_path), "PYTHONIOENCODING": "ascii"}
     done = script("--data", tmp_path / "a.parquet", "--output", tmp_path / "a", env=env)
     assert done.returncode == 2 and "pip install -r examples/requirements.txt" in done.stderr
     limit = ("--limit", 1, "--sparsity", 0)
