@@ -22,7 +22,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
-from itertools import chain, count, product
+from itertools import chain, count, islice, product
 from operator import itemgetter
 from pathlib import Path
 
@@ -45,9 +45,6 @@ LOOK = ("image", "frames", "times", "fps", "events", "window", "homography")
 FAULTS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError, argparse.ArgumentTypeError)  # of a row
 NO_ROW = "not a JSON object"
 SETTING = itemgetter("sparsity", "rule")
-
-
-# Rows
 
 
 def find(data: str, revision: str | None = None) -> list[Path]:
@@ -161,7 +158,7 @@ def asked(mine: dict[int, list[dict]], table: list[dict], files: list[Path], arg
     if not args.camera and any(args.sparsities) and (dark := sum(row["dark"] for row in table)):
         told = "only the rule cover drops any of their patches; --camera makes events"
         warnings.warn(f"rows without events: {dark}; {told}", stacklevel=2)
-    for row in rows(files):  # once more, for the images
+    for row in islice(rows(files), max(mine) + 1):  # once more, for the images
         yield from ask(model, row, mine.get(row["number"], []), table, args)
 
 
@@ -283,6 +280,7 @@ def settings_of(args: argparse.Namespace) -> dict:
     for sparsity in args.sparsities:
         options = replace(chosen(args, Options), sparsity=sparsity)
     next(saccade(np.zeros((1, 1, 3)), args.radius))
+    need(args.limit is None or args.limit > 0, f"limit {args.limit}: give 1 or more")
     found = {**vars(CameraOptions(args.threshold)), **vars(options), **vars(chosen(args, Sampling))}
     found |= {name: getattr(args, name) for name in ("model", "revision", "dtype", "camera", "radius")}
     return json.loads(

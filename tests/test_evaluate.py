@@ -599,6 +599,7 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(folder, single, tmp_pa
         (("--radius", 99), "radius 99"),
         (("--rule", "exact", "other"), "invalid choice"),
         (("--temperature", -1), "temperature -1"),
+        (("--limit", 0), "limit 0"),
     ):
         done = call("--data", data, "--output", output, "--model", "none", *arguments)
         assert (done.returncode, done.stdout) == (2, ""), arguments
