@@ -43,7 +43,7 @@ KINDS = {"image": (str, bytes), "frames": (str, list), "times": (str, list), "fp
          "choices": (list,), "group": (str, int)}  # fmt: skip
 LOOK = ("image", "frames", "times", "fps", "events", "window", "homography")
 FAULTS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError, argparse.ArgumentTypeError)  # of a row
-NO_ROW = "not a JSON object"
+NO_ROW = "neither a JSON object nor a readable row of parquet"
 SETTING = itemgetter("sparsity", "rule")
 
 

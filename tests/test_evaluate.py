@@ -89,7 +89,7 @@ def jsonl(path: Path, *made) -> Path:
 BAD = {  # lines of `folder`, and why they cannot be asked
     4: "answer [None], choices []: give texts",
     7: "broken.png: cannot be read as an image",
-    8: "not a JSON object",
+    8: "neither a JSON object nor",
     13: "no.npy: cannot be read as events (no such file)",
 }
 
@@ -422,7 +422,7 @@ def test_text_that_is_no_utf8_is_a_bad_row(tmp_path, folder):
     table = pyarrow.concat_tables([pyarrow.table([pyarrow.array(["0.png"]), bad, pyarrow.array(["a"])], COLUMNS), good])
     parquet.write_table(table, tmp_path / "bad.parquet")
     (tmp_path / "0.png").write_bytes((folder / "0.png").read_bytes())
-    assert [record.get("error") for record in ask(tmp_path, data="bad.parquet")] == [None, "not a JSON object"]
+    assert [record.get("error") for record in ask(tmp_path, data="bad.parquet")] == [None, evaluate.NO_ROW]
 
 
 COLUMNS = ["image", "question", "answer"]
@@ -505,8 +505,8 @@ def test_choices_become_a_part_of_the_question(folder, tmp_path, monkeypatch):
 
 FINE = {"image": "0.png", "events": "0.npy", "question": "what?", "answer": "x"}
 FAULTS = [
-    ([1], "not a JSON object"),
-    ('{"image": "0.png", "question"', "not a JSON object"),
+    ([1], "neither a JSON object nor"),
+    ('{"image": "0.png", "question"', "neither a JSON object nor"),
     ({**FINE, "image": None}, "give image or frames, one of them"),
     ({**FINE, "frames": ["0.png"], "fps": 1}, "give image or frames, one of them"),
     ({**FINE, "image": 5}, "image 5: give str or bytes"),
