@@ -257,7 +257,8 @@ def test_it_goes_on_after_a_kill_at_any_moment(folder, single, tmp_path):
 
 
 def test_two_processes_give_the_same_table(folder, single, tmp_path):
-    done = script("--data", folder / "questions.jsonl", "--output", tmp_path, *RULES, processes=2)
+    locale = {"PYTHONIOENCODING": "ascii"}  # which has no dash
+    done = script("--data", folder / "questions.jsonl", "--output", tmp_path, *RULES, processes=2, env=locale)
     assert done.returncode == 0 and cells(done.stdout) == cells(single[0].stdout), done.stderr
     assert done.stdout.partition("\n\n")[2] == single[0].stdout.partition("\n\n")[2]
     assert 20 < len(records(tmp_path, "answers.1.jsonl")) < 60
@@ -607,14 +608,13 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(folder, single, tmp_pa
     assert good is None and not output.exists()
 
 
-def test_only_parquet_needs_pyarrow(folder, tmp_path):
-    (tmp_path / "pyarrow.py").write_text("raise ModuleNotFoundError(\"No module named 'pyarrow'\", name='pyarrow')")
+def test_only_parquet_needs_pyarrow(folder, tmp_path, monkeypatch):
     parquet.write_table(pyarrow.table([[b""], ["q"], ["a"]], COLUMNS), tmp_path / "a.parquet")
-    env = {"PYTHONPATH": str(tmp_path), "PYTHONIOENCODING": "ascii"}
-    done = script("--data", tmp_path / "a.parquet", "--output", tmp_path / "a", env=env)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    done = call("--data", tmp_path / "a.parquet", "--output", tmp_path / "a")
     assert done.returncode == 2 and "pip install -r examples/requirements.txt" in done.stderr
     limit = ("--limit", 1, "--sparsity", 0)
-    assert script("--data", folder / "questions.jsonl", "--output", tmp_path / "b", *limit, env=env).returncode == 0
+    assert call("--data", folder / "questions.jsonl", "--output", tmp_path / "b", *limit).returncode == 0
 
 
 def test_a_dataset_in_the_hubs_cache_is_found(folder, tmp_path):
