@@ -1,5 +1,5 @@
-"""What the scripts of this folder share: the way to the modules of the root, files written whole, the intervals of
-shares, and the file of answers. Every script imports it before it imports those modules.
+"""What the scripts of this folder share: the way to the modules of the root, files that are read and written whole, the
+intervals of shares, and the file of answers. Every script imports it before it imports those modules.
 """
 
 import contextlib
@@ -14,6 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import torch
 from torch import distributed
 
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from epvlm import EPVLM, add_model, exit_status, warnings_as_lines  # noqa: E402, F401 (scripts take them from here)
+from events import Events  # noqa: E402
 
 NEEDED = {"row", "image", "group", "sparsity", "rule", "exact", "choice", "tokens", "linear", "flops", "seconds"}
 TINY = ROOT / "examples" / "tiny"  # the checkpoint that train_tiny.py made
@@ -66,6 +68,27 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink()
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what libraries raise into a ValueError that names the file, and says how to get one that is missing."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(f"{path}: needs {error.name}; pip install -r examples/requirements-convert.txt") from None
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(f"{path}: "):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: cannot be read ({reason}); it may be damaged or cut short, copy it again") from None
+
+
+def save_events(events: Events, path: Path) -> None:
+    """A structured .npy with fields x, y, t, p."""
+    kinds = [("x", "<i4"), ("y", "<i4"), ("t", "<i8"), ("p", "u1")]
+    rows = np.rec.fromarrays((events.x, events.y, events.t, events.p), dtype=kinds)
+    write_whole(path, lambda file: np.save(file, rows))
 
 
 def accuracy(by_scene: list[tuple[int, int]]) -> str:

@@ -25,8 +25,8 @@ from pyarrow import parquet
 import common
 import evaluate
 import scenes
-from camera import CameraOptions, camera, saccade, save_events
-from common import TINY, Answers, accuracy, difference, read_answers
+from camera import CameraOptions, camera, saccade
+from common import TINY, Answers, accuracy, difference, read_answers, save_events
 from epvlm import EPVLM, Options, Sampling
 from vit import Clip
 
