@@ -259,8 +259,9 @@ def check_map(values: np.ndarray, name: str) -> np.ndarray:
     need(shaped and values.dtype.kind in "biuf", f"{what}; reshape it (a stack: np.abs(stack).sum(axis=0))")
     need(values.dtype.kind != "f" or np.isfinite(values).all(), f"{name}: holds NaN or infinity; replace them")
     ground = np.median(values)  # a value that fills over half of it is the median
-    empty = ground == 0 or 2 * np.count_nonzero(values == ground) <= values.size or (values == ground).all()
-    remedy = f"if it shows no events there, give np.abs(map.astype(float) - {ground:g})"
+    filled = np.count_nonzero(values == ground)
+    empty = values.dtype == bool or ground == 0 or 2 * filled <= values.size or filled == values.size
+    remedy = f"if no events are there, give np.abs(map.astype(float) - {ground:g}); if it is a mask, give it as bool"
     need(empty, f"{name}: {ground:g} fills over half of it, which then counts as motion; {remedy}")
     return values
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common import Parser, check_output, exit_status, warnings_as_lines, write_whole
+from common import Parser, check_output, exit_status, save_events, warnings_as_lines
 from epvlm import add_flags, chosen, flag, read_clip
 from events import Events, need
 from vit import Clip, read_image
@@ -162,13 +162,6 @@ def check_single(source) -> None:
         with contextlib.suppress(OSError), Image.open(source) as file:  # `read_image` says what is wrong
             if getattr(file, "n_frames", 1) > 1:
                 raise ValueError(f"{source}: holds {file.n_frames} images; save each as a file of its own")
-
-
-def save_events(events: Events, path: Path) -> None:
-    """A structured .npy with fields x, y, t, p."""
-    kinds = [("x", "<i4"), ("y", "<i4"), ("t", "<i8"), ("p", "u1")]
-    rows = np.rec.fromarrays((events.x, events.y, events.t, events.p), dtype=kinds)
-    write_whole(path, lambda file: np.save(file, rows))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,20 +1,30 @@
-"""What the scripts of this folder share: the way to the modules of the root, files written whole, and the intervals of
-shares. Every script imports it before it imports those modules.
+"""What the scripts of this folder share: the way to the modules of the root, files that are read and written whole, the
+intervals of shares, and the file of answers. Every script imports it before it imports those modules.
 """
 
 import contextlib
+import fcntl
+import json
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
+import torch
+from torch import distributed
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from epvlm import EPVLM, add_model, exit_status, warnings_as_lines  # noqa: E402, F401 (scripts take them from here)
+from events import Events  # noqa: E402
 
+NEEDED = {"row", "image", "group", "sparsity", "rule", "exact", "choice", "tokens", "linear", "flops", "seconds"}
 TINY = ROOT / "examples" / "tiny"  # the checkpoint that train_tiny.py made
 
 
@@ -60,6 +70,27 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             beside.unlink()
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what libraries raise into a ValueError that names the file, and says how to get one that is missing."""
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(f"{path}: needs {error.name}; pip install -r examples/requirements-convert.txt") from None
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(f"{path}: "):
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: cannot be read ({reason}); it may be damaged or cut short, copy it again") from None
+
+
+def save_events(events: Events, path: Path) -> None:
+    """A structured .npy with fields x, y, t, p."""
+    kinds = [("x", "<i4"), ("y", "<i4"), ("t", "<i8"), ("p", "u1")]
+    rows = np.rec.fromarrays((events.x, events.y, events.t, events.p), dtype=kinds)
+    write_whole(path, lambda file: np.save(file, rows))
+
+
 def accuracy(by_scene: list[tuple[int, int]]) -> str:
     """Right answers of a hundred and Wilson's 95 % interval, "97.1 (95.9–98.0)", from (right, asked) of each scene.
 
@@ -84,3 +115,112 @@ def difference(ours: list[tuple[int, int]], other: list[tuple[int, int]]) -> str
     share = sum(ahead) / n
     half = 1.96 * sum((a - share * asked) ** 2 for a, (_, asked) in zip(ahead, ours, strict=True)) ** 0.5 / n
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * value for value in (share, share - half, share + half)))
+
+
+def by_image(records: Iterable[dict], score: str) -> list[tuple[int, int]]:
+    """Right by that score, and asked, of each image, for `accuracy`: from records as below."""
+    found = {}
+    for record in records:
+        found.setdefault(record["image"], []).append(record[score])
+    return [(sum(right), len(right)) for right in found.values()]
+
+
+def markdown(head: Iterable, rows: Iterable[Iterable]) -> str:
+    """A table."""
+    lines = [[" ".join(str(cell).split()).replace("|", r"\|") for cell in line] for line in (head, *rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def one_line(error: Exception | Warning) -> str:
+    """What it says."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+# The answers that evaluate.py writes and table1.py reads. A record is a dict with the number of a row, a sparsity, a
+# rule, and what was answered, or the error. The first line of a file has the settings.
+
+
+def by_job(records: Iterable[dict]) -> dict[tuple, dict]:
+    """An answer counts more than an error, which was tried again."""
+    ordered = sorted(records, key=lambda record: "error" not in record)
+    return {(record["row"], record["sparsity"], record["rule"]): record for record in ordered}
+
+
+def read_answers(folder: Path) -> dict[Path, tuple[dict, list[dict]]]:
+    """Settings and records of each file, without an unfinished last line. Raises ValueError for other things."""
+    found, start = {}, b'{"settings": '
+    for path in filter(os.path.exists, (folder / "answers.jsonl", *sorted(folder.glob("answers.[0-9]*.jsonl")))):
+        *lines, rest = path.read_bytes().split(b"\n")
+        try:
+            settings, *records = [json.loads(line) for line in lines] or [{"settings": {}}]
+            found[path] = dict(settings["settings"]), records
+            known = by_job(records).values()
+            fine = lines or rest[: len(start)] == start[: len(rest)]
+            if not fine or not all(record.keys() >= NEEDED for record in known if "error" not in record):
+                raise ValueError
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"{path}: holds other things than answers; give another folder") from None
+    return found
+
+
+class Answers:
+    """DIR/answers.jsonl. Each further process has a file of its own, answers.1.jsonl, ..., on whatever machine."""
+
+    def __init__(self, folder: Path, rank: int, settings: dict):
+        """Takes the process's file. settings: as JSON gives them back. Raises ValueError if another run has it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.settings = folder / (f"answers.{rank}.jsonl" if rank else "answers.jsonl"), settings
+        self.file = self.path.open("ab", buffering=0)
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{self.path}: another run is writing it; wait for it, or end it") from None
+
+    def read(self) -> dict[tuple, dict]:
+        """The records in the folder. Raises ValueError if any were made under other settings. An unfinished last line
+        of the own file goes: the process was killed while it wrote."""
+        found = read_answers(self.path.parent)
+        for path, (was, records) in found.items():
+            for key, now in self.settings.items() if records else ():
+                if was.get(key) != now:
+                    other = f"made with {key} {was.get(key)!r}, not {now!r}"
+                    raise ValueError(f"{path}: {other}; go on with the same, or give another folder")
+        self.held = by_job(found[self.path][1])
+        self.file.truncate(self.path.read_bytes().rfind(b"\n") + 1 if self.held else 0)
+        return by_job(record for _, records in found.values() for record in records)
+
+    def add(self, records: Iterable[dict]) -> None:
+        """Appends those that the file lacks, each in a single write: a kill leaves all of it or nothing."""
+        for job, record in by_job(records).items():
+            if self.held.get(job) != record:
+                lines = [record] if self.held else [{"settings": self.settings}, record]
+                whole = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+                self.held[job] = record
+                if self.file.write(whole) != len(whole):
+                    raise OSError(f"{self.path}: the disk is full; make room, and go on with --resume")
+
+
+@contextlib.contextmanager
+def processes(args: Namespace) -> Iterator[tuple[int, int]]:
+    """This process's rank and how many there are, as torchrun says, else alone; each takes a device of its own."""
+    rank, world, local = (int(os.environ.get(key, n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if world > 1:
+        if args.device not in (None, "cpu", "cuda"):
+            raise ValueError(f"device {args.device}: among several processes each has its own; give cpu or cuda")
+        if args.device != "cpu" and torch.cuda.is_available():
+            args.device = f"cuda:{local}"
+        distributed.init_process_group("gloo", timeout=timedelta(days=30))  # they wait for the slowest
+    try:
+        yield rank, world
+    finally:
+        if world > 1:
+            distributed.destroy_process_group()
+
+
+def gathered(records: Iterable[dict], world: int) -> list[dict]:
+    """Those of all processes, in each of them."""
+    found = [list(records)] * world
+    if world > 1:
+        distributed.all_gather_object(found, found[0])
+    return list(chain(*found))

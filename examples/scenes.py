@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from camera import IDEAL, CameraOptions, camera, save_events
-from common import Parser, check_output, exit_status, write_whole
+from camera import IDEAL, CameraOptions, camera
+from common import Parser, check_output, exit_status, save_events, write_whole
 from events import Events
 
 TRAIN = 1_000_000  # the first seed of a training scene

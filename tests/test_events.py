@@ -407,8 +407,8 @@ MESSAGES = [  # how it ends, what is read, how it is aligned
     ("x goes up to 8193, and no sensor has so many pixels; undo an underflow or a scale", two(x=[0, 8193]), None),
     ("y goes up to 65535, and no sensor has so many pixels; undo an underflow or a scale",
      two(y=np.array([0, 65535], "u2")), None),
-    ("fills over half of it, which then counts as motion; if it shows no events there, give np.abs(map.astype(float) - "
-     "255)", np.where(np.eye(5), 0, 255).astype("u1"), None),
+    ("fills over half of it, which then counts as motion; if no events are there, give np.abs(map.astype(float) - "
+     "255); if it is a mask, give it as bool", np.where(np.eye(5), 0, 255).astype("u1"), None),
     ("/e.png", file("e.png", Image.new("RGB", (9, 9)).save), None),
     ("/e.raw -o events.npy", file("e.raw", lambda path: path.write_bytes(b"% evt 3.0")), None),
     # warnings
@@ -573,7 +573,7 @@ def test_maps_that_stay_valid():
     ground = np.where(busy, 9, 255)
     valid = [np.full((30, 40), 7), np.full((30, 40), True), np.arange(1200.0).reshape(30, 40)]
     valid += [rng.normal(size=(30, 40)), rng.integers(0, 256, (30, 40), dtype="u1")]
-    valid += [np.repeat([[0, 1]], 30, 0).repeat(20, 1), busy, np.where(busy, -3, 0)]
+    valid += [np.repeat([[0, 1]], 30, 0).repeat(20, 1), busy, ~busy, np.where(busy, -3, 0)]
     for values in valid:
         assert np.array_equal(read_events(values).values, values)
     for dtype in ("u1", "i8", "f4"):

@@ -239,7 +239,7 @@ def view_of(model: EPVLM, clip: Clip, mask: Tensor, cell="group") -> View:
         return dense(model, clip)
     t, row, column = mask.nonzero().T.numpy()
     if clip.times is None:
-        events = mask[0].repeat_interleave(side, 0).repeat_interleave(side, 1).numpy().astype(np.int64)
+        events = mask[0].repeat_interleave(side, 0).repeat_interleave(side, 1).numpy()
     else:
         events = np.zeros(kept, XYTP)
         events["t"], events["x"], events["y"] = (clip.edges[t] + clip.edges[t + 1]) / 2, side * column, side * row

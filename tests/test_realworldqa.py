@@ -1,10 +1,8 @@
-"""RealWorldQA: the scoring rules on written-out cases, bad rows, and the file that keeps the answers."""
+"""RealWorldQA: the scoring rules on written-out cases."""
 
-import pyarrow
 import pytest
-from pyarrow import parquet
 
-from realworldqa import NUMBERS, Answers, choice, exact, normalise, options, rows
+from realworldqa import NUMBERS, choice, exact, normalise, options
 
 SIDES = "Which way does the wheel face?\n\nA. Left\nB. Straight\nC. Right\nPlease answer with the letter only."
 
@@ -83,37 +81,3 @@ def test_options_and_number_words():
         "99",
     ]
     assert normalise("  Two   RED cars. ") == "2 red cars" and normalise("3.5") == "3.5"
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"my notes", b"my notes\n", b'{"settings": {}', b"{}\n", b'{"settings": 1}\n', b"[]\n", b"\n", b"\xff\n"]
-    + [b'{"settings": {"rows": 1}}\n' + line + b"\n" for line in (
-        b"", b"{}", b"1", b'{"row": "x", "sparsity": 0.5, "error": ""}', b'{"row": 0, "sparsity": 0.5, "exact": true}',
-        b'{"row": 0, "sparsity": 0.5, "error": null}', b'{"row": 0, "sparsity": 1, "error": ""}', b'{"row": 0}')],
-)  # fmt: skip
-def test_a_file_of_something_else_is_left_alone(tmp_path, content):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(content)
-    answers = Answers(path, 0, {"rows": 1})
-    answers.open()
-    with pytest.raises(ValueError, match="something else than answers"):
-        answers.read()
-    assert path.read_bytes() == content
-
-
-@pytest.mark.parametrize("torn", [b"", b'{"settings": {"ro', b'{"settings": {"rows": 1}}'])
-def test_a_first_line_that_was_cut_off_is_written_anew(tmp_path, torn):
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(torn)
-    answers = Answers(path, 0, {"rows": 1})
-    answers.open()
-    assert answers.read() == [] and path.read_bytes() == b'{"settings": {"rows": 1}}\n'
-
-
-def test_text_that_is_no_utf8_is_a_bad_row(tmp_path):
-    bad = pyarrow.Array.from_buffers(pyarrow.string(), 1, pyarrow.array([b"\xff\xfe"]).buffers())
-    table = pyarrow.table([pyarrow.array([b"x"]), bad, pyarrow.array(["a"])], ["image", "question", "answer"])
-    parquet.write_table(table, tmp_path / "bad.parquet")
-    ((_, fault),) = rows([tmp_path / "bad.parquet"], {0})
-    assert isinstance(fault, ValueError) and str(fault).startswith("the row's question cannot be read")
