@@ -217,8 +217,7 @@ class EPVLM:
         return smart_resize(*clip.size[::-1], self.vit.config.group_size, limits)
 
     def prompt(self, view: View, question: str) -> tuple[Tensor, Tensor]:
-        """What the decoder is given: token ids (L,) int64, and their dense positions, packed, (3, L) int64. Raises
-        ValueError for what exceeds the model's context or the memory."""
+        """What the decoder is given: ids (L,) int64, their dense positions, packed, (3, L) int64. See `check_room`."""
         before, after = prompt_ids(self.tokenizer, question, view.system)
         self.check_room(view.tokens, view.groups.numel(), len(before) + len(after), len(view.groups))
         ids = torch.tensor([*before, *[view.pad] * view.tokens, *after])
@@ -286,8 +285,7 @@ class EPVLM:
         return self.pieces(self.tokens(view, question, sampling))
 
     def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Token ids as text, in pieces that are whole UTF-8. Special tokens are left out but those for
-        grounding, and so is a character that the end of an answer cuts."""
+        """Token ids as text, in pieces of whole UTF-8, without special tokens but GROUNDING, or a half character."""
         added, stream = self.tokenizer.get_added_tokens_decoder(), DecodeStream(skip_special_tokens=False)
         for token in tokens:
             shown = token not in added or not added[token].special or added[token].content in GROUNDING

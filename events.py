@@ -87,9 +87,8 @@ class Events:
         return replace(self, sensor=tuple(sensor or reach))
 
     def cut(self, edges: np.ndarray | None) -> list["Events"]:
-        """The events of each moment, from one edge to the next in microseconds, edges (T + 1,), the last one included;
-        None for a single moment with all of them. Raises ValueError if the recording is of another time, warns if it
-        has no events between the edges. One of many moments may have none."""
+        """The events of each moment, perhaps none, from one edge to the next in microseconds, edges (T + 1,), the last
+        one included; None for a single moment with all of them. Raises, or warns, as `check_window` does."""
         check_clock(self, edges)
         if edges is None:
             return [self]
@@ -329,11 +328,9 @@ def check_hot(name: str, count: np.ndarray) -> None:
 
 def check_times(events: Events, time_unit: str | None) -> None:
     """Warns of times that seem to be of another unit."""
-    t = events.t
-    if time_unit is not None or len(t) < 2 or abs(float(t[-1]) - float(t[0])) >= 1e6:
-        return
-    span, parts = float(t.max()) - float(t.min()), fractions(t)
-    if span < (1e6 if parts else 100):
+    span = events.span[1] - events.span[0]
+    parts = span < 1e6 and fractions(events.t)
+    if time_unit is None and len(events) > 1 and span < (1e6 if parts else 100):
         doubt = f"times {'have fractions and ' * parts}span only {span:.6g}; taken as microseconds"
         remedy = "if they are not, give time_unit s, ms or ns (us silences this)"
         warnings.warn(f"{events.name}: {doubt}, {remedy}", stacklevel=3)
@@ -382,7 +379,9 @@ def event_maps(moments: list, polarity: str, hot_pixels: str, homography=None, s
     x, y = np.meshgrid(*map(range, count.shape[::-1]))
     lands = land(homography, x, y, size)
     check_landing(moments[0].name, homography, lands, count, size)
-    return (project(E_v, lands, size) for E_v in maps), count[lands < 0].sum()
+    inside = lands >= 0  # an image's pixel holds the sum of what lands there
+    placed = (np.bincount(lands[inside], E_v[inside], math.prod(size)).reshape(size[::-1]) for E_v in maps)
+    return placed, count[~inside].sum()
 
 
 def land(homography, x: np.ndarray, y: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -394,12 +393,6 @@ def land(homography, x: np.ndarray, y: np.ndarray, size: tuple[int, int]) -> np.
         column, row = np.rint(u / w), np.rint(v / w)
         inside = (w > 0) & (column >= 0) & (column < size[0]) & (row >= 0) & (row < size[1])
         return np.where(inside, row * size[0] + column, -1).astype(np.int64)
-
-
-def project(E_v: np.ndarray, lands: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """E_v of the sensor, (height, width), as an image of `size` sees it: on each pixel the sum of what lands there."""
-    inside = lands >= 0
-    return np.bincount(lands[inside], E_v[inside], math.prod(size)).reshape(size[::-1])
 
 
 def resize(E_v: np.ndarray, height: int, width: int) -> np.ndarray:

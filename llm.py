@@ -79,8 +79,7 @@ def mrope_positions(before: int, groups: Tensor, after: int) -> Tensor:
 
 
 def mrope_angles(positions: Tensor, config: DecoderConfig) -> Tensor:
-    """positions (3, ..., L) to angles (..., L, head_dim/2) float32: the first section of the frequencies turns by time,
-    the second by row, the third by column (in chunks, not interleaved)."""
+    """positions (3, ..., L) to angles (..., L, head_dim/2) float32: by time, then row, then column, not interleaved."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
     angles = positions.unsqueeze(-1).float() * (1.0 / config.rope_theta**exponents)  # (3, ..., L, head_dim/2)
     chunks = angles.split(config.mrope_section, dim=-1)
@@ -88,8 +87,7 @@ def mrope_angles(positions: Tensor, config: DecoderConfig) -> Tensor:
 
 
 class KVCache:
-    """Room for the keys and values of `length` tokens, allocated once: (2, layers, 1, kv_heads, length, head_dim). It
-    may begin with a copy of those that another cache, `start`, holds."""
+    """Keys and values of `length` tokens, (2, layers, 1, kv_heads, length, head_dim); `start` gives the first."""
 
     def __init__(self, config: DecoderConfig, length: int, like: Tensor, start: "KVCache | None" = None):
         shape = 2, config.num_hidden_layers, 1, config.num_key_value_heads, length, config.head_dim
@@ -259,8 +257,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def attend_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of the last token; no mask is needed. The query heads that share a key head are passed as that head's
-    queries, so keys and values are not copied: 12 times faster. q (B, heads, 1, head_dim), k and v (B, kv_heads, ...).
-    Returns (B, 1, heads * head_dim)."""
+    """Attention of the last token, without a mask: (B, 1, heads * head_dim) from q (B, heads, 1, head_dim), k and v (B,
+    kv_heads, ...). Query heads that share a key head are its queries, so nothing is copied: 12 times faster."""
     out = F.scaled_dot_product_attention(q.view(len(q), k.shape[1], -1, q.shape[-1]), k, v)
     return out.flatten(1).unsqueeze(1)

@@ -165,8 +165,7 @@ class Clip:
 
     @property
     def seconds(self) -> np.ndarray:
-        """How long each window is, (T, 1, 1), to three digits: counts that are equal should stay so as rates, though
-        windows differ by a microsecond. 1 if there is only one frame."""
+        """Each window's length, (T, 1, 1), to 3 digits: equal counts stay equal though they differ by 1 us. Or 1."""
         lengths = [1e6] if len(self.frames) < 2 else np.diff(self.edges)
         return np.array([float(f"{length / 1e6:.3g}") for length in lengths])[:, None, None]
 

@@ -187,8 +187,8 @@ def read_config(folder: Path) -> tuple[dict, dict]:
 
 
 def read_image_config(folder: Path) -> ImageConfig:
-    """The image settings. Pixel limits stand at the root of preprocessor_config.json or within its `size`, there also as
-    shortest_edge and longest_edge. An image_processor in processor_config.json replaces the file, as in transformers."""
+    """The image settings. Pixel limits stand at the root of preprocessor_config.json or in its `size`, there also as
+    shortest_edge and longest_edge. An image_processor in processor_config.json replaces them, as in transformers."""
     path = folder / "processor_config.json"
     if not (content := read_json(path, "image_processor")):
         path = folder / "preprocessor_config.json"
