@@ -72,16 +72,16 @@ def read_homography(source) -> tuple[tuple[float, ...], ...]:
     source = str(source) if isinstance(source, Path) else source
     name = f"homography {source}" if isinstance(source, str) else "homography"
     try:
-        if isinstance(source, str) and not source.endswith(".npy"):
-            source = np.loadtxt(Path(source).read_text().replace(",", " ").splitlines())
+        if isinstance(source, str) and not source.lower().endswith(".npy"):
+            source = np.loadtxt(Path(source).read_text(encoding="utf-8-sig").replace(",", " ").splitlines())
         elif isinstance(source, str):
             source = np.load(source, allow_pickle=False)
         H = np.array(source, dtype=np.float64)
         H = np.vstack([H, [0, 0, 1]]) if H.shape == (2, 3) else H
         need(H.shape == (3, 3), f"its shape is {H.shape}")
         need(np.isfinite(H).all() and np.linalg.matrix_rank(H) == 3, "it has no inverse")
-    except (OSError, ValueError, EOFError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    except Exception as error:  # numpy, zipfile and tokenize raise errors of many kinds
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{name}: {reason}; give three rows of three finite numbers") from None
     return tuple(map(tuple, H.tolist()))
 
