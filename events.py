@@ -271,8 +271,8 @@ def check_map(values: np.ndarray, name: str) -> np.ndarray:
     need(values.dtype.kind != "f" or np.isfinite(values).all(), f"{name}: holds NaN or infinity; replace them")
     ground = np.median(values)  # a value that fills over half of it is the median
     empty = ground == 0 or 2 * np.count_nonzero(values == ground) <= values.size or (values == ground).all()
-    remedy = f"if it shows no events there, give np.abs(map.astype(float) - {ground:g})"
-    need(empty, f"{name}: {ground:g} fills over half of it, which then counts as motion; {remedy}")
+    remedy = f"if it shows no events there, give np.abs(map.astype(float) - {ground:.16g})"
+    need(empty, f"{name}: {ground:.16g} fills over half of it, which then counts as motion; {remedy}")
     return values
 
 

@@ -408,6 +408,7 @@ MESSAGES = [  # how it ends, what is read, how it is aligned
      two(y=np.array([0, 65535], "u2")), None),
     ("fills over half of it, which then counts as motion; if it shows no events there, give np.abs(map.astype(float) - "
      "255)", np.where(np.eye(5), 0, 255).astype("u1"), None),
+    ("give np.abs(map.astype(float) - 1234567.5)", np.where(np.eye(5), 0, 1234567.5), None),
     ("/e.png", file("e.png", Image.new("RGB", (9, 9)).save), None),
     ("/e.raw -o events.npy", file("e.raw", lambda path: path.write_bytes(b"% evt 3.0")), None),
     # warnings
