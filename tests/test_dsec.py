@@ -77,6 +77,13 @@ def test_convert(flags, capsys, camera):
     assert capsys.readouterr().err == line
 
 
+def test_convert_text(flags, tmp_path):
+    """Whose numbers are read as floats."""
+    (tmp_path / "events.txt").write_text("1 30 24 1\n2 62 47 0\n")
+    assert main(["events.txt", *flags]) == 0
+    assert np.load("out.npy").tolist() == [(66, 48, 1, 1), (2, 2, 2, 0)]
+
+
 def test_not_of_this_camera(flags, tmp_path, capsys):
     """Events outside the map, events that all miss the image, and a map that seems to be of the other camera."""
     assert main([write((64, 20)), *flags]) == 2
