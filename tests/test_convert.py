@@ -236,6 +236,22 @@ def test_time_unit(run, unit, scale):
     assert_rows(rows, X, Y, t + 1, P)
 
 
+@pytest.mark.parametrize("t, offset, shift", [(T / 1e6, 5, 5 * 10**6), (T, 5.0, 5), (T.astype("u8"), 2**40, 2**40)])
+def test_offset(run, t, offset, shift):
+    """t_offset is in the unit of t, also of seconds, with a named type beside."""
+
+    def change(h5):
+        group(h5, "events", X, Y, t, P)
+        h5["t_offset"], h5["kind"] = offset, np.dtype("i4")
+
+    _, _, rows = run("a.h5", hdf5(change))
+    assert_rows(rows, X, Y, T + shift, P)
+
+
+def test_a_whole_file_may_be_in_disorder(run):
+    assert_rows(run("a.h5", hdf5(lambda h5: group(h5, "events", X, Y, T[::-1], P)))[2], X, Y, T[::-1], P)
+
+
 def test_order_and_camera(run):
     _, _, rows = run("a.txt", text(P, Y, X, T), "--order", "pyxt")
     assert_rows(rows, *ALL)
@@ -270,6 +286,7 @@ REFUSED = {
     "left.h5": (hdf5(lambda h5: group(h5, "dvs/left", *ALL)), ("--camera", "right"), "give --camera"),
     "two.h5": (hdf5(lambda h5: [group(h5, name, *ALL) for name in "ab"]), (), "holds 2 recordings"),
     "nan.h5": (hdf5(lambda h5: group(h5, "events", X, Y, T * np.nan, P)), (), "times that are no numbers"),
+    "disorder.h5": (hdf5(lambda h5: group(h5, "events", X, Y, T[::-1], P)), ("--window", "0", "9999"), "in disorder"),
     "short.h5": (hdf5(lambda h5: group(h5, "events", X[:-1], Y, T, P)), (), "x has 2999 values"),
     "three.txt": (text(T, X, Y), (), "no row of four numbers"),
     "order.txt": (text(Y, X, T % 7, P * 3), (), "give order"),
