@@ -280,6 +280,7 @@ REFUSED = {
     "cut.h5": (hdf5(dsec)[:-999], (), "cut short"),
     "cut.txt": (text(T, X, Y, P) + b"200001 3", (), "cut short"),
     "trigger.dat": (dat(*ALL, kind=14), (), "type 0 or 12"),
+    "old.dat": (dat(*ALL, head="% Data file\n% Version 1\n"), (), "version 2; no others"),
     "davis.aedat": (aedat2(*ALL, chip="eu.seebetter.ini.chips.davis.Davis240C"), (), "not of a DVS128"),
     "noise.bin": (RNG.bytes(5000), (), "times are in disorder"),
     "no.h5": (hdf5(lambda h5: h5.create_dataset("image", data=X)), (), "0 recordings of the left camera in /, /image"),
@@ -349,6 +350,14 @@ def test_most(run, monkeypatch):
     status, said, _ = run("a.dat", dat(*ALL))
     assert status == 2 and "holds over 1e+02 events; give a shorter --window" in said
     assert run("a.dat", dat(*ALL), "--window", str(T[10]), str(T[50]))[0] == 0
+
+
+def test_a_window_that_misses_is_told_the_whole_span(run, monkeypatch):
+    """Also if the first piece is past it."""
+    monkeypatch.setattr(convert, "PIECE", 64)
+    for name in ("type12.dat", "dsec.h5", "hash.txt"):
+        status, said, _ = run(name, MADE[name][0], "--window", "0", "5")
+        assert status == 2 and f"no event from 0 to 5 us, it goes from {T[0]} to {T[-1]} us" in said
 
 
 def test_progress_on_a_terminal(run, monkeypatch):
