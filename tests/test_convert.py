@@ -248,6 +248,16 @@ def test_offset(run, t, offset, shift):
     assert_rows(rows, X, Y, T + shift, P)
 
 
+def test_text_of_whole_seconds_under_a_comment_of_numbers(run):
+    rows = run("a.txt", b"# 9 9 9 1\n1.0 3 4 1\n2.0 5 6 0\n")[2]
+    assert_rows(rows, [3, 5], [4, 6], [10**6, 2 * 10**6], [1, 0])
+
+
+def test_a_name_that_holds_the_other_cameras(run):
+    content = hdf5(lambda h5: group(h5, "copyright/events", *ALL))
+    assert_rows(run("a.h5", content)[2], *ALL)
+
+
 def test_a_whole_file_may_be_in_disorder(run):
     assert_rows(run("a.h5", hdf5(lambda h5: group(h5, "events", X, Y, T[::-1], P)))[2], X, Y, T[::-1], P)
 
