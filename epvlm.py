@@ -71,16 +71,16 @@ def read_homography(source) -> tuple[tuple[float, ...], ...]:
     """3 x 3 numbers from an array or a file, .npy or rows of text; an affine matrix, 2 x 3, gets the row 0 0 1."""
     path = str(source) if isinstance(source, str | Path) else ""
     try:
-        if path.endswith(".npy"):
+        if path.lower().endswith(".npy"):
             source = np.load(path, allow_pickle=False)
         elif path:
-            source = np.loadtxt(Path(path).read_text().replace(",", " ").splitlines())
+            source = np.loadtxt(Path(path).read_text(encoding="utf-8-sig").replace(",", " ").splitlines())
         H = np.array(source, dtype=np.float64)
         H = np.vstack([H, [0, 0, 1]]) if H.shape == (2, 3) else H
         need(H.shape == (3, 3), f"its shape is {H.shape}")
         need(np.isfinite(H).all() and np.linalg.matrix_rank(H) == 3, "it has no inverse")
-    except (OSError, ValueError, EOFError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    except Exception as error:  # numpy, zipfile and tokenize raise errors of many kinds
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"homography {path or 'array'}: {reason}; give three rows of three finite numbers") from None
     return tuple(map(tuple, H.tolist()))
 

@@ -260,8 +260,8 @@ def check_map(values: np.ndarray, name: str) -> np.ndarray:
     ground = np.median(values)  # a value that fills over half of it is the median
     filled = np.count_nonzero(values == ground)
     empty = values.dtype == bool or ground == 0 or 2 * filled <= values.size or filled == values.size
-    remedy = f"if no events are there, give np.abs(map.astype(float) - {ground:g}); if it is a mask, give it as bool"
-    need(empty, f"{name}: {ground:g} fills over half of it, which then counts as motion; {remedy}")
+    remedy = f"if no events are there, give np.abs(map.astype(float) - {ground:.16g}); if it is a mask, give it as bool"
+    need(empty, f"{name}: {ground:.16g} fills over half of it, which then counts as motion; {remedy}")
     return values
 
 

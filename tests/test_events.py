@@ -409,6 +409,8 @@ MESSAGES = [  # how it ends, what is read, how it is aligned
      two(y=np.array([0, 65535], "u2")), None),
     ("fills over half of it, which then counts as motion; if no events are there, give np.abs(map.astype(float) - "
      "255); if it is a mask, give it as bool", np.where(np.eye(5), 0, 255).astype("u1"), None),
+    ("give np.abs(map.astype(float) - 1234567.5); if it is a mask, give it as bool", np.where(np.eye(5), 0, 1234567.5),
+     None),
     ("/e.png", file("e.png", Image.new("RGB", (9, 9)).save), None),
     ("/e.raw -o events.npy", file("e.raw", lambda path: path.write_bytes(b"% evt 3.0")), None),
     # warnings
@@ -438,6 +440,23 @@ def test_messages(tmp_path, words, source, alignment, window):
         events = read_events(source(tmp_path) if callable(source) else source)
         event_maps(events.align(*alignment).cut(window and np.array(window)), "count", "keep")
     assert str(raised.value).endswith(words) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "source, size, window",
+    [
+        (two(t=[0, 60_000_000]), (2, 2), (0, 1000)),  # long, but with a window
+        (two(t=[0, 5_000_000]), (2, 2), None),
+        (two(t=[0, 100]), (2, 2), None),
+        (rows_of((0, 0, 0, 1), (1, 1, 1000, 1), (1, 1, 500, 1)), (2, 2), None),  # back by just half
+        (two(x=[0, 331], y=[0, 251]), (640, 480), None),  # 96 % of 346 x 260
+        (two(x=[0, 8192]), (8193, 2), None),
+        (np.r_[np.arange(101), np.full(99, 50)].reshape(10, 20), (20, 10), None),  # just half of it
+    ],
+)
+def test_what_may_be_right_does_not_warn(source, size, window):
+    with warnings.catch_warnings(action="error"):
+        event_maps(read_events(source).align(size).cut(window and np.array(window)), "count", "keep")
 
 
 # Time
