@@ -366,9 +366,7 @@ def warnings_as_lines(program: str) -> Iterator[None]:
 
 def read_input(args: argparse.Namespace) -> Image.Image | Clip:
     """What the flags of `add_input` name: an image, or some frames of a clip, evenly chosen. `frame` sets `window`."""
-    if args.frame is not None:
-        need(args.window is None, "window and frame: give one of them")
-        args.window = between(args.frame)
+    args.window = window_of(args)
     clip = read_clip(Path(args.image), args.times, args.fps)
     if clip is None:
         need(args.frames is None, f"{args.image}: a still image; leave frames out")
@@ -416,8 +414,12 @@ def read_clip(path: Path, times: str | None = None, fps: float | None = None) ->
         raise ValueError(f"{times or path}: {error}") from None
 
 
-def between(frame: str) -> tuple[float, float]:
-    """Microseconds of frames N - 1 and N, from 0, of FILE:N, a list or file of times or exposures, or ValueError."""
+def window_of(args: argparse.Namespace) -> tuple[float, float] | None:
+    """The flag window, or for FILE:N, the flag frame, microseconds of the frames N - 1 and N, counted from 0, of a list
+    or a file of times or exposures. Raises ValueError."""
+    need(args.window is None or args.frame is None, "window and frame: give one of them")
+    if (frame := args.frame) is None:
+        return args.window
     path, _, number = frame.rpartition(":")
     need(path != "" and number.isdecimal(), f"frame {frame}: give FILE:N, such as images.txt:17")
     words = read_words(path, most=1)

@@ -19,7 +19,7 @@ import numpy as np
 
 from common import Parser, check_output, exit_status, reading, save_events, warnings_as_lines
 from dsec import Rectification, read_rectification
-from epvlm import ORDERS, microseconds
+from epvlm import ORDERS, Options, microseconds, window_of
 from events import LAYOUTS, MICROSECONDS, NAMES, Events, check_events, find_order, fractions, load, need
 
 PIECE, MOST, EVER = 2**20, 10**8, (-np.inf, np.inf)  # events read at once, and written; the whole recording
@@ -50,9 +50,8 @@ def find_reader(path: Path) -> Callable[[Path, argparse.Namespace], Iterator[Eve
         read_bin: path.suffix.lower() == ".bin",
         read_text: head[:2] != b"#!" and re.fullmatch(rb"[\t\n\r -~\x80-\xff]*", head),
     }
-    reader = next((reader for reader, fits in kinds.items() if fits), None)
-    need(reader is not None, f"{path}: is none of the kinds that are read: {READ}")
-    return reader
+    need(any(kinds.values()), f"{path}: is none of the kinds that are read: {READ}")
+    return next(reader for reader, fits in kinds.items() if fits)
 
 
 def records(file, kinds: list) -> Iterator[np.ndarray]:
@@ -182,11 +181,11 @@ def read_text(path: Path, args: argparse.Namespace) -> Iterator[Events]:
         usual = first[0, 0] < first[-1, 0] and (first[1:, 0] >= first[:-1, 0]).all() and np.abs(first[:, 3]).max() <= 1
         order = args.order or ("" if names else LAYOUTS[0] if usual else find_order(first, str(path)))
         columns = [order.index(name) for name in order and "xytp"] or [names.index(name) for name in pick(names)]
-        seconds = fractions(first[:, columns[2]]) or set(words[columns[2]]) & set(".eE")
+        parts = fractions(first[:, columns[2]]) or set(words[columns[2]]) & set(".eE")
+        unit = args.time_unit or ("s" if parts else "us")
         for rows in chain([first], tables):
             x, y, t, p = rows[:, columns].T
-            t = whole_microseconds(t, args.time_unit or ("s" if seconds else "us"), path)
-            yield Events(x, y, t, p, str(path), sensor)
+            yield Events(x, y, whole_microseconds(t, unit, path), p, str(path), sensor)
 
 
 def collect(pieces: Iterator[Events], args: argparse.Namespace, place: Rectification | None) -> tuple[Events, int]:
@@ -217,7 +216,7 @@ def collect(pieces: Iterator[Events], args: argparse.Namespace, place: Rectifica
 
 def run(args: argparse.Namespace) -> None:
     """The command line's work: a recording in, a .npy out."""
-    need(args.window[0] < args.window[1], "window: give a start and a later end")
+    args.window = Options(window=window_of(args)).window or EVER
     need((args.rectify is None) == (args.calibration is None), "rectify and calibration need each other; give both")
     check_output(args.output, ".npy", map(str, filter(None, (args.recording, args.rectify, args.calibration))))
     with warnings_as_lines("convert"):
@@ -237,7 +236,8 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("recording", type=Path, help="the file")
     add("-o", "--output", type=Path, required=True, help="the events, .npy")
-    add("--window", type=microseconds, nargs=2, metavar=("START", "END"), default=EVER, help="in us, or with a unit")
+    add("--window", type=microseconds, nargs=2, metavar=("START", "END"), help="in us, or with a unit (default: all)")
+    add("--frame", metavar="FILE:N", help="in the place of window: from frame N - 1 of a list of times to frame N")
     add("--time-unit", choices=MICROSECONDS, help="of text and HDF5 (default: whole numbers us, others s)")
     add("--order", choices=ORDERS, metavar="txyp", help="of text and N x 4, such as txyp (default: found, if clear)")
     add("--camera", choices=("left", "right"), default="left", help="which, if there are two (default: left)")

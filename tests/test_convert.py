@@ -306,7 +306,7 @@ REFUSED = {
     "scaled.txt": (text(T, X * 320, Y, P), (), "no sensor has so many pixels"),
     "late.dat": (dat(*ALL), ("--window", "1s", "2e6"), f"from 1000000 to 2000000 us, it goes from {T[0]} to {T[-1]}"),
     "late.h5": (hdf5(dsec), ("--window", "1s", "2e6"), f"from 1000000 to 2000000 us, it goes from {T[0]} to {T[-1]}"),
-    "back.dat": (dat(*ALL), ("--window", "2", "1"), "window: give a start and a later end"),
+    "back.dat": (dat(*ALL), ("--window", "2", "1"), "window 2 1: give a start and a later end"),
     "pickle.npy": (b"\x80\x04.", (), "says how to convert a pickle"),
     "good.npy": (MAP, (), "needs no conversion; give it to epvlm.py"),
     "same.npy": (dat(*ALL), ("-o", "same.npy"), "one of the inputs"),

@@ -23,7 +23,6 @@ from transformers import Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as theirs_resize
 
-import epvlm
 import tiny
 import vit
 from epvlm import EPVLM, Options, Sampling, View, main
@@ -669,10 +668,9 @@ def test_dsec(tmp_path, monkeypatch, capsys):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     true, views, look = dsec(tmp_path), [], EPVLM.look
-    converting, asking = (
-        re.search(rf"python (?:examples/)?{name}\.py (.*dsec.*|.*rectify.*|.*:17)", README)[1]
-        for name in ("convert", "epvlm")
-    )
+    converting, asking = re.search(
+        r"python examples/convert\.py (.*rectify.*)\n    python epvlm\.py (.*)", README
+    ).groups()
     assert convert.main(shlex.split(converting)) == 0
     monkeypatch.setattr(EPVLM, "look", lambda *given: views.append(look(*given)) or views[-1])
     tiny = ["--model", str(ROOT / "examples" / "tiny"), "--device", "cpu"]
@@ -683,9 +681,10 @@ def test_dsec(tmp_path, monkeypatch, capsys):
     expected = model.look("000017.png", aligned, Options(sparsity=0.7, time_unit="us"))
     both = (views[0].groups & expected.groups).sum() / expected.tokens
     assert views[0].tokens == expected.tokens and both >= 0.95
-    assert convert.main(["events.h5", "-o", "raw.npy"]) == 0  # a sensor of another size, and all times: much is wrong
-    window = epvlm.between("timestamps.txt:17")
-    for events, options in (("raw.npy", Options(0.7, sensor=(160, 120), window=window)), ("events.npy", Options(0.7))):
+    whole, _, frame = converting.partition(" --frame ")  # all times, or a sensor of another size: much is wrong
+    assert convert.main([*shlex.split(whole), "-o", "whole.npy"]) == 0
+    assert convert.main(["events.h5", "-o", "raw.npy", "--frame", frame.split()[0]]) == 0
+    for events, options in (("raw.npy", Options(0.7, sensor=(160, 120))), ("whole.npy", Options(0.7))):
         wrong = model.look("000017.png", events, options)
         assert (wrong.groups & expected.groups).sum() / expected.tokens < 0.8
 
