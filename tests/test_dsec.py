@@ -75,15 +75,22 @@ def test_convert(flags, capsys, camera):
     assert [tuple(row)[:3] for row in rows.tolist()] == [(126, 94, 10), (66, 48, 11), (2, 2, 12), (0, 56, 14)]
     line = "wrote 4 events to out.npy: x 0 to 126, y 2 to 94, 10 to 14 us; 1 lay outside the image of 128 x 96\n"
     assert capsys.readouterr().err == line
-    assert main([events, *flags, "--camera", camera, "--window", "10", "12"]) == 0
-    assert "0 lay outside" in capsys.readouterr().err  # of those in the window
 
 
-def test_convert_text(flags, tmp_path):
+def test_convert_text(flags, tmp_path, capsys):
     """Whose numbers are read as floats."""
-    (tmp_path / "events.txt").write_text("1 30 24 1\n2 62 47 0\n")
-    assert main(["events.txt", *flags]) == 0
+    (tmp_path / "events.txt").write_text("1 30 24 1\n2 62 47 0\n3 62 0 1\n")
+    assert main(["events.txt", *flags, "--window", "1", "2"]) == 0
     assert np.load("out.npy").tolist() == [(66, 48, 1, 1), (2, 2, 2, 0)]
+    assert "; 0 lay outside" in capsys.readouterr().err  # of those in the window
+
+
+@pytest.mark.parametrize("camera, width", [("left", 128), ("right", 130)])
+def test_size_is_of_the_cameras_image(flags, tmp_path, camera, width):
+    numbers = calibration(0)
+    numbers["intrinsics"]["camRect2"] = numbers["intrinsics"]["camRect2"] | {"resolution": [130, 96]}
+    (tmp_path / "calibration.yaml").write_text(yaml.safe_dump(numbers))
+    assert read_rectification(tmp_path / "map.h5", tmp_path / "calibration.yaml", camera).size == (width, 96)
 
 
 def test_not_of_this_camera(flags, tmp_path, capsys):

@@ -1204,7 +1204,7 @@ def test_what_is_no_time_is_refused(text):
 def test_a_frame_is_a_window(files, capsys):
     """From a list, exposures on the clock of DSEC, and plain times; the same as the window that it stands for."""
     Path("images.txt").write_text("0.0 images/1.png\n0.00102 images/2 b.png\n0.00105 images/3.png\n")
-    Path("exposures.txt").write_text("# start, end\n900, 910\n1010, 1030\n1040, 1060\n")
+    Path("exposures.txt").write_text("# start, end\n900, 910\n1010, 1030\n1045, 1055\n")
     Path("times.txt").write_text("0\n1020\n1050\n")
     for flags in (
         ["--window", "1020", "0.00105s"],

@@ -449,7 +449,7 @@ def test_messages(tmp_path, words, source, alignment, window):
         (two(t=[0, 5_000_000]), (2, 2), None),
         (two(t=[0, 100]), (2, 2), None),
         (rows_of((0, 0, 0, 1), (1, 1, 1000, 1), (1, 1, 500, 1)), (2, 2), None),  # back by just half
-        (two(x=[0, 331], y=[0, 251]), (640, 480), None),  # 96 % of 346 x 260
+        (two(x=[0, 331], y=[0, 259]), (640, 480), None),  # 96 % of 346 x 260
         (two(x=[0, 8192]), (8193, 2), None),
         (np.r_[np.arange(101), np.full(99, 50)].reshape(10, 20), (20, 10), None),  # just half of it
     ],

@@ -283,9 +283,13 @@ def zipped(members: dict) -> bytes:
 
 
 def homography(rng, bench: Bench) -> dict:
-    """A matrix near a mirror's in a file, mutated, or one of odd numbers."""
+    """A matrix near a mirror's in a file, perhaps mutated, or one of odd numbers."""
     path = bench.fresh() / str(rng.choice(["H.npy", "H.txt"]))
-    H = np.array([[-1.0, 0, 111], [0, 1, 0], [0, 0, 1]]) + rng.normal(size=(3, 3)) * 10 ** rng.uniform(-9, -2)
+    H = np.array([[-1.0, 0, 111], [0, 1, 0], [0, 0, 1]]) + rng.normal(size=(3, 3)) * [
+        [0.01, 0.01, 9],
+        [0.01, 0.01, 9],
+        [0.001, 0.001, 0],
+    ]
     odd = rng.random() < 0.4
     if odd:
         values = [0, 1, -1, 1e-300, 1e308, -1e5, 5e-324, np.nan, np.inf, 112]
@@ -296,7 +300,7 @@ def homography(rng, bench: Bench) -> dict:
         np.save(file, H.astype(kind)) if path.suffix == ".npy" else np.savetxt(
             file, H, delimiter=rng.choice([" ", ","])
         )
-    path.write_bytes(file.getvalue() if odd else mutate(rng, file.getvalue()))
+    path.write_bytes(file.getvalue() if odd or rng.random() < 0.4 else mutate(rng, file.getvalue()))
     return {"homography": path}
 
 
@@ -322,7 +326,7 @@ def odd_hdf5(rng, bench: Bench) -> bytes:
            lambda a: h5py.Empty("i4"), lambda a: -a.astype("i8"), lambda a: a.view([("x", a.dtype)])]  # fmt: skip
     columns = [bench.rows[name] for name in "xytp"]
     for n in rng.integers(0, 4, rng.integers(0, 3)):
-        with contextlib.suppress(ValueError, TypeError, IndexError):
+        with contextlib.suppress(ValueError, TypeError, IndexError, AttributeError):
             columns[n] = odd[rng.integers(len(odd))](columns[n])
 
     def change(h5) -> None:
