@@ -308,9 +308,9 @@ def check_view(events: Events, size: tuple[int, int], sensor: tuple[int, int] | 
         warnings.warn(f"{events.name}: {doubt.format(*(alike or [size])[0], *size)}", stacklevel=4)
 
 
-def check_landing(name: str, homography, lands: np.ndarray, count: np.ndarray, size: tuple[int, int]) -> None:
+def check_landing(name: str, homography, count: np.ndarray, outside: float, size: tuple[int, int]) -> None:
     """Raises ValueError where few of the events, `count` by pixel, or little of the image is where the cameras meet."""
-    inside, total = count[lands >= 0].sum(), count.sum()
+    inside, total = count.sum() - outside, count.sum()
     told = f"{name}: {inside:.16g} of {total:.16g} events fall inside the image; perhaps homography is the inverse"
     need(2 * inside >= total, told)
     x, y = np.meshgrid(*(np.linspace(0, side - 1, 100) for side in size))
@@ -341,8 +341,8 @@ def check_clock(events: Events, edges: np.ndarray | None) -> None:
     length = events.span[1] - events.span[0]
     back = 0 if events.in_order else (events.t[:-1].astype(np.float64) - events.t[1:]).max()
     if 2 * back > length:
-        told = f"its clock jumps back by {back:.16g} us, over half of its span; did it wrap?"
-        warnings.warn(f"{events.name}: {told} give the part before or after", stacklevel=4)
+        told = f"its times jump back by {back:.16g} us, over half of its span"
+        warnings.warn(f"{events.name}: {told}; if its clock wrapped, give the part before or after", stacklevel=4)
     if edges is None and length > 5e6:
         told = f"{length / 1e6:.1f} s of events for a single image; give window, or frame, around it"
         warnings.warn(f"{events.name}: {told}", stacklevel=4)
@@ -365,8 +365,9 @@ def check_window(events: Events, edges: np.ndarray, found: int) -> None:
 
 def event_maps(moments: list, polarity: str, hot_pixels: str, homography=None, size=None) -> tuple[Iterator, float]:
     """E_v of each moment, (height, width) of the sensor, or of an image of `size` (width, height) with a homography
-    (3, 3) to it, see `land`; and how many events lie outside that image. The sensor's pixels are moved, not each event.
-    hot_pixels "mend" mends by all moments. Raises ValueError for a homography that puts most elsewhere."""
+    (3, 3) to it, see `land`; and how many events lie outside that image. The sensor's pixels are moved, not each event,
+    and if the image has 16 times as many, each in `parts` x `parts` points: else some cells would get more pixels than
+    others. hot_pixels "mend" mends by all moments. Raises ValueError for a homography that puts most elsewhere."""
     few = polarity == "count" and len(moments) <= 16  # held, and not counted twice
     maps = [each.accumulate() for each in moments] if few else (each.accumulate(polarity) for each in moments)
     count = sum(np.abs(E_v, dtype=np.float64) for E_v in (maps if few else (each.accumulate() for each in moments)))
@@ -376,12 +377,16 @@ def event_maps(moments: list, polarity: str, hot_pixels: str, homography=None, s
         check_hot(moments[0].name, count)
     if homography is None:
         return iter(maps), 0
-    x, y = np.meshgrid(*map(range, count.shape[::-1]))
-    lands = land(homography, x, y, size)
-    check_landing(moments[0].name, homography, lands, count, size)
-    inside = lands >= 0  # an image's pixel holds the sum of what lands there
-    placed = (np.bincount(lands[inside], E_v[inside], math.prod(size)).reshape(size[::-1]) for E_v in maps)
-    return placed, count[~inside].sum()
+    pixels, parts = np.flatnonzero(count), 2 * int((math.prod(size) / count.size) ** 0.5 / 4) + 1
+    y, x = np.divmod(pixels, count.shape[1])
+    down, right = (np.indices((parts, parts)).reshape(2, -1, 1) + 0.5) / parts - 0.5  # of a pixel; the middle one is 0
+    lands = land(homography, x + right, y + down, size)  # (parts^2, pixels with events)
+    outside = count.flat[pixels[lands[len(lands) // 2] < 0]].sum()
+    check_landing(moments[0].name, homography, count, outside, size)
+    inside = lands >= 0
+    lands, pixels = lands[inside], np.broadcast_to(pixels, lands.shape)[inside]
+    placed = (np.bincount(lands, E_v.ravel()[pixels], math.prod(size)) for E_v in maps)  # sums of what lands there
+    return (E_v.reshape(size[::-1]) for E_v in placed), outside
 
 
 def land(homography, x: np.ndarray, y: np.ndarray, size: tuple[int, int]) -> np.ndarray:
