@@ -85,7 +85,7 @@ def read_image(image: str | Path | Image.Image) -> Image.Image:
     that names a file that is no whole image. Warns of grey that `eight_bits` scales."""
     name = str(image) if isinstance(image, str | Path) else "the image"
     try:
-        if not isinstance(image, Image.Image) and not Path(image).is_file():
+        if isinstance(image, str | Path) and not Path(image).is_file():
             raise ValueError("there is no such file")
         image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
         if image.mode[0] in "IF":  # grey of 16 bits; some formats open as 32
