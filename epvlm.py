@@ -69,20 +69,19 @@ def microseconds(text: str) -> float:
 
 def read_homography(source) -> tuple[tuple[float, ...], ...]:
     """3 x 3 numbers from an array or a file, .npy or rows of text; an affine matrix, 2 x 3, gets the row 0 0 1."""
-    source = str(source) if isinstance(source, Path) else source
-    name = f"homography {source}" if isinstance(source, str) else "homography"
+    path = str(source) if isinstance(source, str | Path) else ""
     try:
-        if isinstance(source, str) and not source.endswith(".npy"):
-            source = np.loadtxt(Path(source).read_text().replace(",", " ").splitlines())
-        elif isinstance(source, str):
-            source = np.load(source, allow_pickle=False)
+        if path.lower().endswith(".npy"):
+            source = np.load(path, allow_pickle=False)
+        elif path:
+            source = np.loadtxt(Path(path).read_text(encoding="utf-8-sig").replace(",", " ").splitlines())
         H = np.array(source, dtype=np.float64)
         H = np.vstack([H, [0, 0, 1]]) if H.shape == (2, 3) else H
         need(H.shape == (3, 3), f"its shape is {H.shape}")
         need(np.isfinite(H).all() and np.linalg.matrix_rank(H) == 3, "it has no inverse")
-    except (OSError, ValueError, EOFError, TypeError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise ValueError(f"{name}: {reason}; give three rows of three finite numbers") from None
+    except Exception as error:  # numpy, zipfile and tokenize raise errors of many kinds
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"homography {path or 'array'}: {reason}; give three rows of three finite numbers") from None
     return tuple(map(tuple, H.tolist()))
 
 
@@ -97,9 +96,7 @@ class Options:
     polarity: str = flag("count", "every event counts, or on and off cancel", choices=("count", "signed"))
     sensor: tuple[int, int] | None = flag(None, "event camera's (default: the image's)", type=size, metavar="WxH")
     homography: tuple | None = flag(None, "3 x 3, sensor's pixels to the image's (default: a scale)", metavar="FILE")
-    window: tuple[float, float] | None = flag(
-        None, "in us, or with a unit (default: all)", type=microseconds, nargs=2, metavar=("START", "END")
-    )
+    window: tuple | None = flag(None, "us or 12ms (default: all)", type=microseconds, nargs=2, metavar=("START", "END"))
     order: str | None = flag(None, "columns of a bare N x 4 array (default: found)", choices=ORDERS, metavar="txyp")
     time_unit: str | None = flag(None, "unit of the file's times (default: us)", choices=tuple(MICROSECONDS))
     min_pixels: int | None = flag(None, "smallest model input, pixels (default: the checkpoint's)", type=int)
@@ -108,9 +105,9 @@ class Options:
 
     def __post_init__(self):
         for each in fields(self):
-            value, choices = getattr(self, each.name), each.metadata.get("choices")
-            if choices and value not in (*choices, each.default):
-                raise ValueError(f"{each.name} {value!r}: give one of {', '.join(choices)}")
+            value, choices = getattr(self, each.name), each.metadata.get("choices", ())
+            known = not choices or value in (*choices, each.default)
+            need(known, f"{each.name} {value!r}: give one of {', '.join(choices)}")
         need(0 <= self.sparsity < 1, f"sparsity {self.sparsity} must be in [0, 1), the fraction dropped")
         if self.homography is not None:
             object.__setattr__(self, "homography", read_homography(self.homography))
@@ -220,8 +217,7 @@ class EPVLM:
         return smart_resize(*clip.size[::-1], self.vit.config.group_size, limits)
 
     def prompt(self, view: View, question: str) -> tuple[Tensor, Tensor]:
-        """What the decoder is given: token ids (L,) int64, and their dense positions, packed, (3, L) int64. Raises
-        ValueError for what exceeds the model's context or the memory."""
+        """What the decoder is given: ids (L,) int64, their dense positions, packed, (3, L) int64. See `check_room`."""
         before, after = prompt_ids(self.tokenizer, question, view.system)
         self.check_room(view.tokens, view.groups.numel(), len(before) + len(after), len(view.groups))
         ids = torch.tensor([*before, *[view.pad] * view.tokens, *after])
@@ -270,9 +266,8 @@ class EPVLM:
 
     @torch.inference_mode()
     def tokens(self, view: View, question: str, sampling: Sampling = Sampling()) -> Iterator[int]:
-        """The answer's token ids as they are decided, the end token included; at most `max_new_tokens`, and no more
-        than the model's context holds. At the first `next` it raises ValueError as `prompt` does; later for scores that
-        are not finite."""
+        """The answer's token ids as they are decided, the end token included; at most `max_new_tokens`, and what the
+        model's context holds. Raises ValueError: at the first `next` as `prompt` does, later for scores not finite."""
         ids, positions = self.prompt(view, question)
         if sampling.repetition_penalty is None:
             sampling = replace(sampling, repetition_penalty=self.checkpoint.repetition_penalty)
@@ -290,8 +285,7 @@ class EPVLM:
         return self.pieces(self.tokens(view, question, sampling))
 
     def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Token ids as text, in pieces that are whole UTF-8. Special tokens are left out but those for
-        grounding, and so is a character that the end of an answer cuts."""
+        """Token ids as text, in pieces of whole UTF-8, without special tokens but GROUNDING, or a half character."""
         added, stream = self.tokenizer.get_added_tokens_decoder(), DecodeStream(skip_special_tokens=False)
         for token in tokens:
             shown = token not in added or not added[token].special or added[token].content in GROUNDING
@@ -325,9 +319,7 @@ def add_input(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", help="image file; or a clip: a folder, a list of `time name`, an animated file")
     parser.add_argument("--times", metavar="FILE", help="a folder's times, one a line, or start and end of exposure")
     parser.add_argument("--fps", type=float, help="frames a second, in the place of times")
-    parser.add_argument(
-        "--frame", metavar="FILE:N", help="the window is the time from frame N - 1 of a list to frame N"
-    )
+    parser.add_argument("--frame", metavar="FILE:N", help="the window goes from frame N - 1 of a list to frame N")
     parser.add_argument("--frames", type=int, help="how many to take of a clip (default: two a second, at least 4)")
 
 
@@ -373,8 +365,7 @@ def warnings_as_lines(program: str) -> Iterator[None]:
 
 
 def read_input(args: argparse.Namespace) -> Image.Image | Clip:
-    """What the flags of `add_input` name: an image, or a clip of some frames, evenly chosen with both ends. Turns the
-    flag frame into the window of Options."""
+    """What the flags of `add_input` name: an image, or some frames of a clip, evenly chosen. `frame` sets `window`."""
     if args.frame is not None:
         need(args.window is None, "window and frame: give one of them")
         args.window = between(args.frame)
@@ -398,7 +389,8 @@ def read_clip(path: Path, times: str | None = None, fps: float | None = None) ->
     """All frames of a folder, of a list with `time name` on each line, or of an animated file; None for a still image.
     times: a file that has them; fps: frames a second, in their place. Raises ValueError that names the file."""
     if path.is_dir():
-        frames, clock, unit = sorted(filter(is_frame, path.iterdir()), key=by_number), None, ""
+        named = (file for file in path.iterdir() if file.suffix.lower() in FRAMES and not file.name.startswith("."))
+        frames, clock, unit = sorted(filter(Path.is_file, named), key=by_number), None, ""
         need(bool(frames), f"{path}: a folder without images; give one with frames")
     elif path.suffix.lower() in VIDEOS:
         command = f"mkdir frames && ffmpeg -i {shlex.quote(str(path))} -r 10 frames/%06d.png"
@@ -425,8 +417,7 @@ def read_clip(path: Path, times: str | None = None, fps: float | None = None) ->
 
 
 def between(frame: str) -> tuple[float, float]:
-    """The times of frames N - 1 and N, counted from 0, of FILE:N, a list or a file of times or exposures, in
-    microseconds. Raises ValueError."""
+    """Microseconds of frames N - 1 and N, from 0, of FILE:N, a list or file of times or exposures, or ValueError."""
     path, _, number = frame.rpartition(":")
     need(path != "" and number.isdecimal(), f"frame {frame}: give FILE:N, such as images.txt:17")
     words = read_words(path, most=1)
@@ -434,10 +425,6 @@ def between(frame: str) -> tuple[float, float]:
     times, _ = in_microseconds(words[:, :1] if named else words, path)
     need(1 <= int(number) < len(times), f"frame {frame}: {path} has frames 0 to {len(times) - 1}; give N from 1")
     return float(times[int(number) - 1]), float(times[int(number)])
-
-
-def is_frame(path: Path) -> bool:
-    return path.suffix.lower() in FRAMES and not path.name.startswith(".") and path.is_file()
 
 
 def by_number(path: Path) -> list:
@@ -485,8 +472,7 @@ def read_page(path: Path, n: int, opened: list[Image.Image]) -> Image.Image:
 
 
 def read_words(path: str | Path, most: int = -1) -> np.ndarray:
-    """The words of a text file, (lines, words), parted by spaces or commas, at most `most` times; a line after # is a
-    comment."""
+    """The words of a text file, (lines, words), cut at spaces or commas, `most` times at most; # begins a comment."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").replace(",", " ").splitlines()
         rows = [line.split(maxsplit=most) for line in lines if line.strip() and not line.lstrip().startswith("#")]
@@ -519,8 +505,7 @@ def run(args: argparse.Namespace) -> None:
     with warnings_as_lines("epvlm"):
         image, options, sampling = read_input(args), chosen(args, Options), chosen(args, Sampling)
         events = None if args.events == "none" else read_events(args.events, options.order, options.time_unit)
-        if args.question is None and not (sys.stdin and (sys.stdin.isatty() or sys.stdin.buffer.peek())):
-            raise ValueError(NO_QUESTION)
+        need(args.question is not None or (sys.stdin and (sys.stdin.isatty() or sys.stdin.buffer.peek())), NO_QUESTION)
         model = EPVLM.from_pretrained(args.model, args.revision, args.device, args.dtype)
         start = time.perf_counter()
         view = model.look(image, events, options)

@@ -69,9 +69,7 @@ class Events:
     @cached_property
     def span(self) -> tuple[float, float]:
         """First and last time, in microseconds."""
-        if not len(self):
-            return 0.0, 0.0
-        return tuple(map(float, self.t[[0, -1]] if self.in_order else (self.t.min(), self.t.max())))
+        return (float(self.t.min()), float(self.t.max())) if len(self) else (0.0, 0.0)
 
     @cached_property
     def extent(self) -> tuple[int, int, int, int]:
@@ -89,25 +87,15 @@ class Events:
         return replace(self, sensor=tuple(sensor or reach))
 
     def cut(self, edges: np.ndarray | None) -> list["Events"]:
-        """The events of each moment, from one edge to the next in microseconds, edges (T + 1,), the last one included;
-        None for a single moment with all of them. Raises ValueError if the recording is of another time, warns if it
-        has no events between the edges. One of many moments may have none."""
+        """The events of each moment, perhaps none, from one edge to the next in microseconds, edges (T + 1,), the last
+        one included; None for a single moment with all of them. Raises, or warns, as `check_window` does."""
         check_clock(self, edges)
         if edges is None:
             return [self]
-        (start, end), (first, last) = edges[[0, -1]], self.span
-        told = f"no event from {start:.16g} to {end:.16g} us, it goes from {first:.16g} to {last:.16g} us"
-        meet = not len(self) or (start <= last and first <= end)
-        remedy = "change window or time_unit, or add the clocks' offset, which DSEC and others keep apart (t_offset)"
-        need(meet, f"{self.name}: {told}; {remedy}")
         order = slice(None) if self.in_order else np.argsort(self.t, kind="stable")
         x, y, t, p = (column[order] for column in (self.x, self.y, self.t, self.p))
         cuts = [*np.searchsorted(t, edges[:-1]), np.searchsorted(t, edges[-1], side="right")]
-        if cuts[0] == cuts[-1] and len(self):
-            warnings.warn(f"{self.name}: {told}; they cannot say which cells matter", stacklevel=3)
-        elif len(edges) > 2 and len(self) and 10 * (min(last, end) - max(first, start)) < end - start:
-            spans = f"it goes from {first:.16g} to {last:.16g} us, the clip from {start:.16g} to {end:.16g} us"
-            warnings.warn(f"{self.name}: {spans}; are they on one clock, in one unit?", stacklevel=3)
+        check_window(self, edges, cuts[-1] - cuts[0])
         spans = zip(pairwise(cuts), pairwise(edges.tolist()), strict=True)
         return [replace(self, x=x[a:b], y=y[a:b], t=t[a:b], p=p[a:b], window=window) for (a, b), window in spans]
 
@@ -272,8 +260,8 @@ def check_map(values: np.ndarray, name: str) -> np.ndarray:
     ground = np.median(values)  # a value that fills over half of it is the median
     filled = np.count_nonzero(values == ground)
     empty = values.dtype == bool or ground == 0 or 2 * filled <= values.size or filled == values.size
-    remedy = f"if no events are there, give np.abs(map.astype(float) - {ground:g}); if it is a mask, give it as bool"
-    need(empty, f"{name}: {ground:g} fills over half of it, which then counts as motion; {remedy}")
+    remedy = f"if no events are there, give np.abs(map.astype(float) - {ground:.16g}); if it is a mask, give it as bool"
+    need(empty, f"{name}: {ground:.16g} fills over half of it, which then counts as motion; {remedy}")
     return values
 
 
@@ -287,8 +275,8 @@ def check_events(events: Events) -> None:
         low, high = (values.min(), values.max()) if len(values) else (0, 1)
         need(np.isfinite([low, high]).all(), f"{name} holds NaN or infinity; drop those events")
         need(column in "tp" or not fractions(values), f"{name} holds fractions of a pixel; round them")
-        told = f"{name} goes up to {high}, and no sensor has so many pixels; undo an underflow or a scale"
-        need(column in "tp" or high <= WIDEST, told)
+        wide = f"{name} goes up to {high}, and no sensor has so many pixels; undo an underflow or a scale"
+        need(column in "tp" or high <= WIDEST, wide)
     two = -1 <= low and high <= 1 and not fractions(values) and (low == 0 or not (values == 0).any())
     need(two, f"{name} goes from {low} to {high}; store polarities as 0 and 1, -1 and +1, or bool")
 
@@ -340,11 +328,9 @@ def check_hot(name: str, count: np.ndarray) -> None:
 
 def check_times(events: Events, time_unit: str | None) -> None:
     """Warns of times that seem to be of another unit."""
-    t = events.t
-    if time_unit is not None or len(t) < 2 or abs(float(t[-1]) - float(t[0])) >= 1e6:
-        return
-    span, parts = float(t.max()) - float(t.min()), fractions(t)
-    if span < (1e6 if parts else 100):
+    span = events.span[1] - events.span[0]
+    parts = span < 1e6 and fractions(events.t)
+    if time_unit is None and len(events) > 1 and span < (1e6 if parts else 100):
         doubt = f"times {'have fractions and ' * parts}span only {span:.6g}; taken as microseconds"
         remedy = "if they are not, give time_unit s, ms or ns (us silences this)"
         warnings.warn(f"{events.name}: {doubt}, {remedy}", stacklevel=3)
@@ -362,20 +348,28 @@ def check_clock(events: Events, edges: np.ndarray | None) -> None:
         warnings.warn(f"{events.name}: {told}", stacklevel=4)
 
 
+def check_window(events: Events, edges: np.ndarray, found: int) -> None:
+    """Raises ValueError for a recording of another time. Warns of no event between the edges, of another span."""
+    (start, end), (first, last) = edges[[0, -1]], events.span
+    spans = f"from {start:.16g} to {end:.16g} us, it goes from {first:.16g} to {last:.16g} us"
+    remedy = "change window or time_unit, or add the clocks' offset, which DSEC and others keep apart (t_offset)"
+    need(not len(events) or (start <= last and first <= end), f"{events.name}: no event {spans}; {remedy}")
+    if len(events) and not found:
+        warnings.warn(f"{events.name}: no event {spans}; they cannot say which cells matter", stacklevel=4)
+    elif len(events) and len(edges) > 2 and 10 * (min(last, end) - max(first, start)) < end - start:
+        warnings.warn(f"{events.name}: a clip {spans}; are they on one clock, in one unit?", stacklevel=4)
+
+
 # The equations
 
 
-def event_maps(
-    moments: list[Events] | list[EventMap], polarity: str, hot_pixels: str, homography=None, size=None
-) -> tuple[Iterator[np.ndarray], float]:
+def event_maps(moments: list, polarity: str, hot_pixels: str, homography=None, size=None) -> tuple[Iterator, float]:
     """E_v of each moment, (height, width) of the sensor, or of an image of `size` (width, height) with a homography
-    (3, 3) to it; and how many events lie outside that image. See `land`; the sensor's pixels are moved, not each event.
-    hot_pixels "mend" mends by the counts of all moments together. Raises ValueError for a homography that puts most
-    events elsewhere."""
-    maps = (each.accumulate(polarity) for each in moments)
-    held = polarity == "count" and len(moments) <= 16  # few are held, and not counted twice
-    maps = list(maps) if held else maps
-    count = sum(np.abs(E_v, dtype=np.float64) for E_v in (maps if held else (each.accumulate() for each in moments)))
+    (3, 3) to it, see `land`; and how many events lie outside that image. The sensor's pixels are moved, not each event.
+    hot_pixels "mend" mends by all moments. Raises ValueError for a homography that puts most elsewhere."""
+    few = polarity == "count" and len(moments) <= 16  # held, and not counted twice
+    maps = [each.accumulate() for each in moments] if few else (each.accumulate(polarity) for each in moments)
+    count = sum(np.abs(E_v, dtype=np.float64) for E_v in (maps if few else (each.accumulate() for each in moments)))
     if hot_pixels == "mend":
         maps = map(partial(mend, hot=is_hot(count)), maps)
     else:
@@ -385,7 +379,9 @@ def event_maps(
     x, y = np.meshgrid(*map(range, count.shape[::-1]))
     lands = land(homography, x, y, size)
     check_landing(moments[0].name, homography, lands, count, size)
-    return (project(E_v, lands, size) for E_v in maps), count[lands < 0].sum()
+    inside = lands >= 0  # an image's pixel holds the sum of what lands there
+    placed = (np.bincount(lands[inside], E_v[inside], math.prod(size)).reshape(size[::-1]) for E_v in maps)
+    return placed, count[~inside].sum()
 
 
 def land(homography, x: np.ndarray, y: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -399,17 +395,10 @@ def land(homography, x: np.ndarray, y: np.ndarray, size: tuple[int, int]) -> np.
         return np.where(inside, row * size[0] + column, -1).astype(np.int64)
 
 
-def project(E_v: np.ndarray, lands: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """E_v of the sensor, (height, width), as an image of `size` sees it: on each pixel the sum of what lands there."""
-    inside = lands >= 0
-    return np.bincount(lands[inside], E_v[inside], math.prod(size)).reshape(size[::-1])
-
-
 def resize(E_v: np.ndarray, height: int, width: int) -> np.ndarray:
     """E_v at the model's input size, (height, width) float64, weighted by area: a pixel's events spread evenly over
-    what it covers, so that none is skipped when shrinking. The unit is 1 / (height * width) of an event: counts stay
-    whole numbers, cells with equal counts stay equal and empty ones zero. Example, one row: [3, 1] to 3 pixels gives
-    [6, 4, 2], the sum times 3."""
+    what it covers, so none is skipped when shrinking. The unit is 1 / (height * width) of an event: counts stay whole
+    numbers, equal ones equal, and zero zero. Example, one row: [3, 1] to 3 pixels gives [6, 4, 2], the sum times 3."""
     rows = E_v.astype(np.float64)
     for old, new in zip(E_v.shape, (height, width), strict=True):  # cut at every edge of both grids: each piece lies in
         edges = np.union1d(np.arange(old + 1) * new, np.arange(new + 1) * old)  # one old row and one new row
@@ -419,8 +408,7 @@ def resize(E_v: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def motion(E_v: np.ndarray, side: int) -> np.ndarray:
-    """Eq. 5: S, the L1 norm of E_v in each cell of `side` pixels. E_v (T, H, W), whole cells; returns (T, H/side,
-    W/side), in the unit of E_v."""
+    """Eq. 5: S, the L1 norm of E_v (T, H, W) in each cell of `side` pixels: (T, H/side, W/side), in E_v's unit."""
     T, H, W = E_v.shape
     return np.abs(E_v).reshape(T, H // side, side, W // side, side).sum(axis=(2, 4))  # Eq. 5
 
@@ -448,9 +436,8 @@ def budget_mask(S: np.ndarray, tau: float) -> np.ndarray:
 
 
 def spread_order(T: int, cells_h: int, cells_w: int) -> np.ndarray:
-    """A rank for each cell, (T, cells_h, cells_w) int64, such that the first k cells cover the grid evenly, for
-    every k: the Bayer matrix of ordered dithering, moved from moment to moment so that four in turn show all places.
-    Example, 1 x 2 x 2: [[[0, 2], [3, 1]]], first a diagonal."""
+    """A rank for each cell, (T, cells_h, cells_w) int64: the first k cells cover the grid evenly, for every k. It is
+    the Bayer matrix of ordered dithering, moved so that four moments show all places. 1 x 2 x 2: [[[0, 2], [3, 1]]]"""
     t, row, column = np.indices((T, cells_h, cells_w))
     row, column = row ^ (t >> 1 & 1), column ^ (t & 1)
     rank = np.zeros((T, cells_h, cells_w), dtype=np.int64)
@@ -464,9 +451,8 @@ def spread_order(T: int, cells_h: int, cells_w: int) -> np.ndarray:
 
 def novelty(frame: np.ndarray, before: np.ndarray | None, side: int) -> np.ndarray:
     """G of a moment, (H/side, W/side): how much a cell differs from its left or upper neighbour, or in a clip from
-    itself in the moment before, whichever is most similar: the L1 norm of the difference of their pixels. frame, before
-    (H, W, 3) uint8; beyond the edge all is GREY. After PixelPrune (arXiv 2604.00886), which drops what is like one of
-    the two neighbours."""
+    itself in the moment before, whichever is most similar: the L1 norm of their difference. frame, before (H, W, 3)
+    uint8; beyond the edge all is GREY. After PixelPrune (arXiv 2604.00886), which drops what is like a neighbour."""
     H, W, _ = frame.shape
     padded = np.pad(frame, ((side, 0), (side, 0), (0, 0)), constant_values=GREY)
     others = [padded[side:, :-side], padded[:-side, side:], *([] if before is None else [before])]
@@ -514,13 +500,11 @@ def is_hot(count: np.ndarray) -> np.ndarray:
     return count > 10 * np.median(count[count > 0]) if count.any() else np.zeros(count.shape, dtype=bool)
 
 
-def mend(E_v: np.ndarray, hot: np.ndarray | None = None) -> np.ndarray:
-    """E_v (height, width), float64, with each hot pixel (None: by E_v itself) lowered to the largest of its eight
-    neighbours, which may be hot, too."""
-    E_v = E_v.astype(np.float64)
-    hot, padded = is_hot(np.abs(E_v)) if hot is None else hot, np.pad(np.abs(E_v), 1)
-    places = [(row, column) for row in range(3) for column in range(3) if (row, column) != (1, 1)]
-    around = np.max([padded[r : r + E_v.shape[0], c : c + E_v.shape[1]] for r, c in places], axis=0)
+def mend(E_v: np.ndarray, hot: np.ndarray) -> np.ndarray:
+    """E_v (height, width), float64, with each hot pixel lowered to the largest of its eight neighbours, hot or not."""
+    (height, width), E_v = E_v.shape, E_v.astype(np.float64)
+    padded, places = np.pad(np.abs(E_v), 1), [(r, c) for r in range(3) for c in range(3) if (r, c) != (1, 1)]
+    around = np.max([padded[r : r + height, c : c + width] for r, c in places], axis=0)
     return np.where(hot, np.sign(E_v) * np.minimum(np.abs(E_v), around), E_v)
 
 

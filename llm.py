@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from events import need
 from rope2d import cos_sin, rotate
 
 SYSTEM = "You are a helpful assistant."  # the system turn of the published models
@@ -78,8 +79,7 @@ def mrope_positions(before: int, groups: Tensor, after: int) -> Tensor:
 
 
 def mrope_angles(positions: Tensor, config: DecoderConfig) -> Tensor:
-    """positions (3, ..., L) to angles (..., L, head_dim/2) float32: the first section of the frequencies turns by time,
-    the second by row, the third by column (in chunks, not interleaved)."""
+    """positions (3, ..., L) to angles (..., L, head_dim/2) float32: by time, then row, then column, not interleaved."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=positions.device) / config.head_dim
     angles = positions.unsqueeze(-1).float() * (1.0 / config.rope_theta**exponents)  # (3, ..., L, head_dim/2)
     chunks = angles.split(config.mrope_section, dim=-1)
@@ -87,8 +87,7 @@ def mrope_angles(positions: Tensor, config: DecoderConfig) -> Tensor:
 
 
 class KVCache:
-    """Room for the keys and values of `length` tokens, allocated once: (2, layers, 1, kv_heads, length, head_dim). It
-    may begin with a copy of those that another cache, `start`, holds."""
+    """Keys and values of `length` tokens, (2, layers, 1, kv_heads, length, head_dim); `start` gives the first."""
 
     def __init__(self, config: DecoderConfig, length: int, like: Tensor, start: "KVCache | None" = None):
         shape = 2, config.num_hidden_layers, 1, config.num_key_value_heads, length, config.head_dim
@@ -204,8 +203,7 @@ class Decoder(nn.Module):
         return product(hidden, head.weight).float()
 
     def flops(self, tokens: int, scored: int = 1) -> tuple[int, int]:
-        """FLOPs for so many tokens of which the last `scored` are wanted and get logits, counted as in vit.py; of
-        attention the whole square (a fused kernel skips what the causal mask hides)."""
+        """As in vit.py, for so many tokens of which the last `scored` get logits; of attention the whole square."""
         config, D, layers = self.config, self.config.hidden_size, self.config.num_hidden_layers
         kv, others = 2 * D * config.num_key_value_heads * config.head_dim, 2 * D * D + 3 * D * config.intermediate_size
         full = (layers - 1) * tokens + scored  # the last layer computes what is wanted
@@ -237,14 +235,12 @@ def sampler(sampling, ids: Tensor) -> Callable[[Tensor], int]:
 
 def generate(decoder: Decoder, hidden: Tensor, positions: Tensor, cache: KVCache, choose) -> Iterator[int]:
     """Yields token ids as they are decided, without end; the caller stops. Raises ValueError for scores not finite.
-    hidden (1, L, hidden_size), positions (3, L): the embedded prompt, or the part of it that is not in `cache`. choose:
-    see `sampler`. Token n of the answer stands at the prompt's largest DENSE position + 1 + n on all three axes: not at
-    L + n, since L counts the kept tokens only."""
+    hidden (1, L, hidden_size), positions (3, L): the embedded prompt, or what of it is not in `cache`. choose: see
+    `sampler`. Token n of the answer stands at the prompt's largest DENSE position + 1 + n, not at L + n (packed)."""
     hidden, position = decoder(hidden, positions, cache, wanted=1), positions[:, -1:]
     while True:
         logits = decoder.logits(hidden[0, -1])
-        if not logits.isfinite().all():
-            raise ValueError(f"scores in {hidden.dtype} are not finite; try a wider dtype, or another model")
+        need(logits.isfinite().all(), f"scores in {hidden.dtype} are not finite; try a wider dtype, or another model")
         yield (token := choose(logits))
         position = position + 1
         hidden = decoder(decoder.embed(torch.tensor([[token]])), position, cache)
@@ -261,8 +257,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def attend_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of the last token; no mask is needed. The query heads that share a key head are passed as that head's
-    queries, so keys and values are not copied: 12 times faster. q (B, heads, 1, head_dim), k and v (B, kv_heads, ...).
-    Returns (B, 1, heads * head_dim)."""
+    """Attention of the last token, without a mask: (B, 1, heads * head_dim) from q (B, heads, 1, head_dim), k and v (B,
+    kv_heads, ...). Query heads that share a key head are its queries, so nothing is copied: 12 times faster."""
     out = F.scaled_dot_product_attention(q.view(len(q), k.shape[1], -1, q.shape[-1]), k, v)
     return out.flatten(1).unsqueeze(1)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from events import need
 from rope2d import cos_sin, group_order, pack, rope_2d, rotate
 
 
@@ -65,11 +67,9 @@ def smart_resize(height: int, width: int, factor: int, limits: ImageConfig) -> t
     """The model's input size (H, W) for an image, in pixels: multiples of `factor`, area within the limits. Rounds half
     to even: factor 28 takes 42 to 56 and 70 to 56. Raises ValueError if one side is over 200 times the other, or if the
     limits are below 1 or in the wrong order. Source: smart_resize in transformers' image_processing_qwen2_vl.py."""
-    if not 0 < max(height, width) <= 200 * min(height, width):
-        raise ValueError(f"an image of {width} x {height} pixels has sides over 200 : 1; crop it")
-    low, high = limits.min_pixels, limits.max_pixels
-    if not 0 < low <= high:
-        raise ValueError(f"min_pixels {low} must be at least 1 and at most max_pixels {high}; change one")
+    low, high, least, most = limits.min_pixels, limits.max_pixels, *sorted((height, width))
+    need(0 < most <= 200 * least, f"an image of {width} x {height} pixels has sides over 200 : 1; crop it")
+    need(0 < low <= high, f"min_pixels {low} must be at least 1 and at most max_pixels {high}; change one")
     h, w = (round(side / factor) * factor for side in (height, width))
     if h * w > high:
         beta = math.sqrt(height * width / high)
@@ -80,13 +80,12 @@ def smart_resize(height: int, width: int, factor: int, limits: ImageConfig) -> t
     return h, w
 
 
-def read_image(image: str | Path | Image.Image) -> Image.Image:
-    """An image file or a PIL image of any mode, upright, as 8-bit RGB; transparency is laid on white. Raises ValueError
-    that names a file that is no whole image. Warns of grey that `eight_bits` scales."""
+def read_image(image: str | Path | BinaryIO | Image.Image) -> Image.Image:
+    """An image file, by name or open, or a PIL image of any mode, upright, as 8-bit RGB; transparency is laid on
+    white. Raises ValueError that names a file that is no whole image. Warns of grey that `eight_bits` scales."""
     name = str(image) if isinstance(image, str | Path) else "the image"
     try:
-        if isinstance(image, str | Path) and not Path(image).is_file():
-            raise ValueError("there is no such file")
+        need(not isinstance(image, str | Path) or Path(image).is_file(), "there is no such file")
         image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
         if image.mode[0] in "IF":  # grey of 16 bits; some formats open as 32
             image = eight_bits(image, name)
@@ -103,8 +102,7 @@ def eight_bits(image: Image.Image, name: str) -> Image.Image:
     """Wide grey scaled to 8 bits by the fewest of 8, 10, 12, 14 and 16 bits that hold its largest value: scientific
     cameras store 10 or 12 bits in files of 16. A warning says how many. Raises ValueError for other values."""
     grey = np.asarray(image)
-    if image.mode == "F" or not 0 <= grey.min() <= grey.max() <= 65535:
-        raise ValueError("grey of unknown range")
+    need(image.mode != "F" and 0 <= grey.min() <= grey.max() <= 65535, "grey of unknown range")
     bits = next(bits for bits in (8, 10, 12, 14, 16) if grey.max() < 2**bits)
     warnings.warn(f"{name}: grey values up to {grey.max()}, read as {bits} bits", stacklevel=3)
     scaled = Image.fromarray((grey.astype(np.int64) * 255 // (2**bits - 1)).astype(np.uint8))
@@ -127,8 +125,8 @@ class Clip:
         if self.times is not None or len(self.frames) != 1:
             times, count = np.array([] if self.times is None else self.times, dtype=np.float64), len(self.frames)
             object.__setattr__(self, "times", times)
-            if not (times.shape == (count,) != (0,) and np.isfinite(times).all() and (np.diff(times) > 0).all()):
-                raise ValueError(f"{count} frames, {times.size} times; give as many, and rising times")
+            rising = times.shape == (count,) != (0,) and np.isfinite(times).all() and (np.diff(times) > 0).all()
+            need(rising, f"{count} frames, {times.size} times; give as many, and rising times")
 
     @classmethod
     def of(cls, image) -> "Clip":
@@ -138,8 +136,7 @@ class Clip:
     @classmethod
     def at_rate(cls, frames: Sequence[str | Path | Image.Image], fps: float) -> "Clip":
         """Frames at `fps` a second, the first at 0."""
-        if not 1e-3 <= fps <= 1e6:
-            raise ValueError(f"fps {fps:g}: give 0.001 to 1000000")
+        need(1e-3 <= fps <= 1e6, f"fps {fps:g}: give 0.001 to 1000000")
         return cls(frames, np.arange(len(frames)) * 1e6 / fps, clock=f" at {fps:g} a second")
 
     def __str__(self) -> str:
@@ -159,9 +156,8 @@ class Clip:
 
     @property
     def edges(self) -> np.ndarray | None:
-        """Where the windows of the moments begin and end, (T + 1,) microseconds: halfway between the frames of two
-        moments, and half a frame's time before the first and after the last. None for all events. Example, frames at
-        0, 40, 80, 120 and 160: -20, 60, 140, 180."""
+        """Where the moments' windows begin and end, (T + 1,) microseconds, None for all events: halfway between their
+        frames, half a frame's time before the first and after the last: 0, 40, 80, 120, 160 give -20, 60, 140, 180."""
         if len(self.frames) < 2:
             return None if self.window is None else np.array(self.window)
         t = np.pad(self.times, 1, "reflect", reflect_type="odd")  # a frame more at each end
@@ -170,8 +166,7 @@ class Clip:
 
     @property
     def seconds(self) -> np.ndarray:
-        """How long each window is, (T, 1, 1), to three digits: counts that are equal should stay so as rates, though
-        windows differ by a microsecond. 1 if there is only one frame."""
+        """Each window's length, (T, 1, 1), to 3 digits: equal counts stay equal though they differ by 1 us. Or 1."""
         lengths = [1e6] if len(self.frames) < 2 else np.diff(self.edges)
         return np.array([float(f"{length / 1e6:.3g}") for length in lengths])[:, None, None]
 
@@ -181,9 +176,8 @@ class Clip:
         if self.still or window is None:
             return replace(self, window=window)
         first, last = self.times.searchsorted(window[0]), self.times.searchsorted(window[1], side="right")
-        if first >= last:
-            told = "{:.16g} to {:.16g} us, they go from {:.16g} to {:.16g} us".format(*window, *self.times[[0, -1]])
-            raise ValueError(f"no frame from {told}; change window")
+        told = "{:.16g} to {:.16g} us, they go from {:.16g} to {:.16g} us".format(*window, *self.times[[0, -1]])
+        need(first < last, f"no frame from {told}; change window")
         return replace(self, frames=self.frames[first:last], times=self.times[first:last], window=window)
 
     def frame(self, number: int) -> Image.Image:
@@ -195,9 +189,8 @@ class Clip:
             image = read_image(source() if callable(source) else source)
         told = "{} x {} pixels of {} bits"
         now, first = (told.format(*each.size, each.info.get("bits", 8)) for each in (image, self.first))
-        if now != first:
-            name = source if isinstance(source, str | Path) else f"frame {number + 1}"
-            raise ValueError(f"{name}: {now}, the first has {first}; give frames of one size, scaled alike")
+        name = source if isinstance(source, str | Path) else f"frame {number + 1}"
+        need(now == first, f"{name}: {now}, the first has {first}; give frames of one size, scaled alike")
         return image
 
     @cached_property
@@ -320,8 +313,7 @@ class VisionTransformer(nn.Module):
         self.merger = Merger(config)
 
     def forward(self, patches: Tensor, keep: Tensor) -> Tensor:
-        """patches (B, N', 1176) in the weights' dtype; keep (T, grid_h, grid_w) bool. Returns H_v (B, groups kept,
-        hidden_size)."""
+        """patches (B, N', 1176) in the weights' dtype, keep (T, grid_h, grid_w) bool: H_v (B, groups, hidden_size)."""
         config = self.config
         flat = group_order(keep, config.spatial_merge_size)  # (N,) bool, in the order of the patches
         R_2D = rope_2d(keep.shape, config.embed_dim // config.num_heads, config.rope_theta, config.spatial_merge_size)

@@ -187,9 +187,8 @@ def read_config(folder: Path) -> tuple[dict, dict]:
 
 
 def read_image_config(folder: Path) -> ImageConfig:
-    """The image settings. Pixel limits stand at the root of preprocessor_config.json or within its `size`, there also
-    as shortest_edge and longest_edge. Where processor_config.json has an image_processor, that takes the place of the
-    whole file, as in transformers."""
+    """The image settings. Pixel limits stand at the root of preprocessor_config.json or in its `size`, there also as
+    shortest_edge and longest_edge. An image_processor in processor_config.json replaces them, as in transformers."""
     path = folder / "processor_config.json"
     if not (content := read_json(path, "image_processor")):
         path = folder / "preprocessor_config.json"
@@ -221,8 +220,7 @@ def fill(config_class: type, content: dict, path: Path):
 
 
 def read_generation(folder: Path) -> tuple[frozenset[int], float]:
-    """The ids that end an answer (generation_config.json's, else config.json's), and the repetition penalty, 1 for
-    none. Raises ValueError that names the file."""
+    """The ids that end an answer (generation_config.json's, else config.json's), and the repetition penalty, or 1."""
     path = folder / "generation_config.json"
     settings = read_json(path)
     penalty, ends = settings.get("repetition_penalty") or 1, settings.get("eos_token_id")

@@ -1,9 +1,8 @@
-"""From the files that event cameras and data sets come in to the .npy that epvlm.py reads.
+"""From the files that event cameras and data sets come in to the .npy that epvlm.py reads. Times are microseconds on
+the recording's clock, for DSEC with t_offset added. A short window needs little memory.
 
     python examples/convert.py recording.raw -o events.npy --window 2s 2.05s
     python examples/convert.py events.h5 -o events.npy --rectify rectify_map.h5 --calibration cam_to_cam.yaml
-
-Times are microseconds on the recording's clock, for DSEC with t_offset added. A short window needs little memory.
 """
 
 import argparse
@@ -111,12 +110,12 @@ def read_bin(path: Path, args: argparse.Namespace) -> Iterator[Events]:
     yield Events(*(column[~wraps] for column in (rows["x"], rows["y"], t, pt >> 23)), str(path))
 
 
-def whole_microseconds(t: np.ndarray, unit: str | None, path: Path) -> np.ndarray:
-    """Times in `unit` as int64. None: floats are seconds, whole numbers microseconds."""
+def whole_microseconds(t: np.ndarray, unit: str | None, path: Path, offset=0) -> np.ndarray:
+    """Times and an `offset` in `unit`, added, as int64. None: if t are floats, seconds, else microseconds."""
     scale = MICROSECONDS[unit or ("s" if t.dtype.kind == "f" else "us")]
     fine = t.dtype.kind in "iuf" and (not len(t) or -(2**62) < t.min() * scale <= t.max() * scale < 2**62)
     need(fine, f"{path}: holds times that are no numbers, or too large; drop them, or give --time-unit")
-    return np.rint(t * scale).astype(np.int64)
+    return np.rint(t * scale).astype(np.int64) + np.rint(offset * scale).astype(np.int64)
 
 
 def pick(names: list[str]) -> list[str]:
@@ -131,7 +130,7 @@ def find_table(node, order: str | None):
         columns = {key: each for key, each in node.items() if getattr(each, "ndim", 0) == 1}
         keys = pick(list(columns))
         return (lambda a, b: [columns[key][a:b] for key in keys], len(columns[keys[2]])) if keys else None
-    if node.ndim == 2 and node.shape[1] == 4 and "event" in node.name.rpartition("/")[2]:
+    if getattr(node, "ndim", 0) == 2 and node.shape[1] == 4 and "event" in node.name.rpartition("/")[2]:
         order = order or find_order(node[:PIECE], f"{node.file.filename}: {node.name}")
         return lambda a, b: node[a:b].T[[order.index(name) for name in "xytp"]], len(node)
 
@@ -153,11 +152,12 @@ def read_hdf5(path: Path, args: argparse.Namespace) -> Iterator[Events]:
 
         def piece(a: int, b: int) -> Events:
             x, y, t, p = rows(a, b)
-            t = whole_microseconds(t.astype(np.int64) + offset if offset else t, args.time_unit, path)
-            return Events(x, y, t, p, str(path), sensor)
+            return Events(x, y, whole_microseconds(t, args.time_unit, path, offset), p, str(path), sensor)
 
-        cuts = zip((bisect_left, bisect_right), args.window, strict=True)
-        start, end = (cut(range(count), edge, key=lambda row: piece(row, row + 1).t[0]) for cut, edge in cuts)
+        cuts, at = zip((bisect_left, bisect_right), args.window, strict=True), lambda row: piece(row, row + 1).t[0]
+        times = [at(row) for row in np.linspace(0, count - 1, 65, dtype=int)] if count and args.window != EVER else []
+        need(times == sorted(times), f"{path}: its times are in disorder; leave window out, and give it to epvlm.py")
+        start, end = (cut(range(count), edge, key=at) for cut, edge in cuts)
         yield from (piece(a, min(a + PIECE, end)) for a in range(start, end, PIECE))
         yield from (piece(row, row + 1) for row in (0, count - 1) if start == end and count)  # for the span
 

@@ -31,7 +31,8 @@ class Rectification:
         (height, width, _), (left, right, top, bottom) = self.map.shape, events.extent
         told = f"{events.name}: covers x {left} to {right} and y {top} to {bottom}, the map {width} x {height} pixels"
         need(min(left, top) >= 0 and right < width and bottom < height, f"{told}; give the map of this camera")
-        return land(self.H, *self.map[events.y, events.x].T, self.size)
+        row, column = (values.astype(np.int64) for values in (events.y, events.x))  # text and some HDF5 have floats
+        return land(self.H, *self.map[row, column].T, self.size)
 
 
 def at_infinity(calibration: dict, camera: str) -> np.ndarray:

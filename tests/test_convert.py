@@ -236,6 +236,32 @@ def test_time_unit(run, unit, scale):
     assert_rows(rows, X, Y, t + 1, P)
 
 
+@pytest.mark.parametrize("t, offset, shift", [(T / 1e6, 5, 5 * 10**6), (T, 5.0, 5), (T.astype("u8"), 2**40, 2**40)])
+def test_offset(run, t, offset, shift):
+    """t_offset is in the unit of t, also of seconds, with a named type beside."""
+
+    def change(h5):
+        group(h5, "events", X, Y, t, P)
+        h5["t_offset"], h5["kind"] = offset, np.dtype("i4")
+
+    _, _, rows = run("a.h5", hdf5(change))
+    assert_rows(rows, X, Y, T + shift, P)
+
+
+def test_text_of_whole_seconds_under_a_comment_of_numbers(run):
+    rows = run("a.txt", b"# 9 9 9 1\n1.0 3 4 1\n2.0 5 6 0\n")[2]
+    assert_rows(rows, [3, 5], [4, 6], [10**6, 2 * 10**6], [1, 0])
+
+
+def test_a_name_that_holds_the_other_cameras(run):
+    content = hdf5(lambda h5: group(h5, "copyright/events", *ALL))
+    assert_rows(run("a.h5", content)[2], *ALL)
+
+
+def test_a_whole_file_may_be_in_disorder(run):
+    assert_rows(run("a.h5", hdf5(lambda h5: group(h5, "events", X, Y, T[::-1], P)))[2], X, Y, T[::-1], P)
+
+
 def test_order_and_camera(run):
     _, _, rows = run("a.txt", text(P, Y, X, T), "--order", "pyxt")
     assert_rows(rows, *ALL)
@@ -264,12 +290,14 @@ REFUSED = {
     "cut.h5": (hdf5(dsec)[:-999], (), "cut short"),
     "cut.txt": (text(T, X, Y, P) + b"200001 3", (), "cut short"),
     "trigger.dat": (dat(*ALL, kind=14), (), "type 0 or 12"),
+    "old.dat": (dat(*ALL, head="% Data file\n% Version 1\n"), (), "version 2; no others"),
     "davis.aedat": (aedat2(*ALL, chip="eu.seebetter.ini.chips.davis.Davis240C"), (), "not of a DVS128"),
     "noise.bin": (RNG.bytes(5000), (), "times are in disorder"),
     "no.h5": (hdf5(lambda h5: h5.create_dataset("image", data=X)), (), "0 recordings of the left camera in /, /image"),
     "left.h5": (hdf5(lambda h5: group(h5, "dvs/left", *ALL)), ("--camera", "right"), "give --camera"),
     "two.h5": (hdf5(lambda h5: [group(h5, name, *ALL) for name in "ab"]), (), "holds 2 recordings"),
     "nan.h5": (hdf5(lambda h5: group(h5, "events", X, Y, T * np.nan, P)), (), "times that are no numbers"),
+    "disorder.h5": (hdf5(lambda h5: group(h5, "events", X, Y, T[::-1], P)), ("--window", "0", "9999"), "in disorder"),
     "short.h5": (hdf5(lambda h5: group(h5, "events", X[:-1], Y, T, P)), (), "x has 2999 values"),
     "images.txt": (b"0.003811000 images/frame_0.png\n0.1 images/frame_1.png\n", (), "no row of four numbers"),
     "three.txt": (text(T, X, Y), (), "no row of four numbers"),
@@ -333,6 +361,14 @@ def test_most(run, monkeypatch):
     status, said, _ = run("a.dat", dat(*ALL))
     assert status == 2 and "holds over 1e+02 events; give a shorter --window" in said
     assert run("a.dat", dat(*ALL), "--window", str(T[10]), str(T[50]))[0] == 0
+
+
+def test_a_window_that_misses_is_told_the_whole_span(run, monkeypatch):
+    """Also if the first piece is past it."""
+    monkeypatch.setattr(convert, "PIECE", 64)
+    for name in ("type12.dat", "dsec.h5", "hash.txt"):
+        status, said, _ = run(name, MADE[name][0], "--window", "0", "5")
+        assert status == 2 and f"no event from 0 to 5 us, it goes from {T[0]} to {T[-1]} us" in said
 
 
 def test_progress_on_a_terminal(run, monkeypatch):

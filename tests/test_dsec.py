@@ -75,6 +75,15 @@ def test_convert(flags, capsys, camera):
     assert [tuple(row)[:3] for row in rows.tolist()] == [(126, 94, 10), (66, 48, 11), (2, 2, 12), (0, 56, 14)]
     line = "wrote 4 events to out.npy: x 0 to 126, y 2 to 94, 10 to 14 us; 1 lay outside the image of 128 x 96\n"
     assert capsys.readouterr().err == line
+    assert main([events, *flags, "--camera", camera, "--window", "10", "12"]) == 0
+    assert "0 lay outside" in capsys.readouterr().err  # of those in the window
+
+
+def test_convert_text(flags, tmp_path):
+    """Whose numbers are read as floats."""
+    (tmp_path / "events.txt").write_text("1 30 24 1\n2 62 47 0\n")
+    assert main(["events.txt", *flags]) == 0
+    assert np.load("out.npy").tolist() == [(66, 48, 1, 1), (2, 2, 2, 0)]
 
 
 def test_not_of_this_camera(flags, tmp_path, capsys):

@@ -1217,14 +1217,28 @@ def test_a_frame_is_a_window(files, capsys):
 @pytest.mark.parametrize("write", [
     lambda H: np.save("H", H), lambda H: np.save("H", H.astype("f4")), lambda H: np.savetxt("H", H, header="a comment"),
     lambda H: np.savetxt("H", H, delimiter=", "), lambda H: np.savetxt("H", H[:2]), lambda H: np.save("H", H[:2]),
+    lambda H: Path("H").write_text("\ufeff-2e0,0,83\r\n0,2,.5\r\n", encoding="utf-8", newline=""),
+    lambda H: (np.save("H", H), Path("H.npy").rename("H.NPY")),
 ])  # fmt: skip
 def test_a_homography_is_read_from_a_file(files, write):
     H = np.array([[-2.0, 0, 83], [0, 2, 0.5], [0, 0, 1]])
     write(H)
-    path = next(path for path in map(Path, ("H", "H.npy")) if path.exists())
+    path = next(path for path in map(Path, ("H", "H.npy", "H.NPY")) if path.exists())
     for source in (str(path), path, H, H.tolist(), H[:2]):
         assert Options(homography=source).homography == tuple(map(tuple, H.tolist()))
     assert len({Options(homography=H), Options(homography=path)}) == 1  # it can be compared
+
+
+@pytest.mark.parametrize("content", [
+    b"PK\3\4", b"\x93NUMPY", b"\x93NUMPY\1\0\x06\0(((((\n",
+    b"\x93NUMPY\1\0\x44\0{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000000,)}\n",
+])  # fmt: skip
+def test_a_damaged_homography_is_refused(files, capsys, content):
+    """Also where numpy raises what is no ValueError."""
+    Path("H.npy").write_bytes(content)
+    assert main(["image.png", "events.npy", *ASK, "--homography", "H.npy"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("epvlm: error: homography H.npy: "), said
 
 
 def test_mirrored_events_are_brought_back(files, capsys):

@@ -38,6 +38,7 @@ from events import (
     budget_mask,
     cover_mask,
     event_maps,
+    is_hot,
     literal_mask,
     mend,
     motion,
@@ -408,6 +409,8 @@ MESSAGES = [  # how it ends, what is read, how it is aligned
      two(y=np.array([0, 65535], "u2")), None),
     ("fills over half of it, which then counts as motion; if no events are there, give np.abs(map.astype(float) - "
      "255); if it is a mask, give it as bool", np.where(np.eye(5), 0, 255).astype("u1"), None),
+    ("give np.abs(map.astype(float) - 1234567.5); if it is a mask, give it as bool", np.where(np.eye(5), 0, 1234567.5),
+     None),
     ("/e.png", file("e.png", Image.new("RGB", (9, 9)).save), None),
     ("/e.raw -o events.npy", file("e.raw", lambda path: path.write_bytes(b"% evt 3.0")), None),
     # warnings
@@ -437,6 +440,23 @@ def test_messages(tmp_path, words, source, alignment, window):
         events = read_events(source(tmp_path) if callable(source) else source)
         event_maps(events.align(*alignment).cut(window and np.array(window)), "count", "keep")
     assert str(raised.value).endswith(words) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "source, size, window",
+    [
+        (two(t=[0, 60_000_000]), (2, 2), (0, 1000)),  # long, but with a window
+        (two(t=[0, 5_000_000]), (2, 2), None),
+        (two(t=[0, 100]), (2, 2), None),
+        (rows_of((0, 0, 0, 1), (1, 1, 1000, 1), (1, 1, 500, 1)), (2, 2), None),  # back by just half
+        (two(x=[0, 331], y=[0, 251]), (640, 480), None),  # 96 % of 346 x 260
+        (two(x=[0, 8192]), (8193, 2), None),
+        (np.r_[np.arange(101), np.full(99, 50)].reshape(10, 20), (20, 10), None),  # just half of it
+    ],
+)
+def test_what_may_be_right_does_not_warn(source, size, window):
+    with warnings.catch_warnings(action="error"):
+        event_maps(read_events(source).align(size).cut(window and np.array(window)), "count", "keep")
 
 
 # Time
@@ -724,7 +744,7 @@ def test_hot_pixels_are_mended_before_they_are_moved():
     moments = [read_events(fired(counts)).align(WIDE, mapped=True), EventMap(counts)]
     for moment in moments:
         maps, _ = event_maps([moment], "count", "mend", [[-1, 0, 39], [0, 1, 0], [0, 0, 1]], WIDE)
-        assert np.array_equal(next(maps), mend(counts)[:, ::-1])
+        assert np.array_equal(next(maps), mend_alone(counts)[:, ::-1])
     maps, outside = event_maps(moments[1:], "count", "keep", [[1, 0, 0], [0, 1, -1], [0, 0, 1]], WIDE)
     assert np.array_equal(next(maps), np.vstack([counts[1:], np.zeros((1, 40))])) and outside == counts[0].sum()
     told = f"an event map of 40 x 30, {counts[0].sum()} of its sum outside the image"
@@ -783,18 +803,22 @@ def test_counts_do_not_overflow():
 # Hot pixels
 
 
+def mend_alone(E_v):
+    return mend(E_v, is_hot(np.abs(E_v, dtype=float)))
+
+
 @given(hot_maps(), st.sampled_from(["i8", "i1", "u1", "?", "f4"]))
 def test_mending_is_the_loop(E_v, dtype):
     """Of a map of any type; it is not written to."""
     E_v = E_v.astype(dtype) if dtype != "u1" else np.abs(E_v).astype(dtype)
     expected = oracles.mend(E_v.astype(float))
     E_v.flags.writeable = False
-    assert np.array_equal(mend(E_v), expected)
+    assert np.array_equal(mend_alone(E_v), expected)
 
 
 @given(hot_maps())
 def test_mending_lowers_what_is_hot_and_nothing_else(E_v):
-    mended, count = mend(E_v), np.abs(E_v)
+    mended, count = mend_alone(E_v), np.abs(E_v)
     hot = count > 10 * np.median(count[count > 0]) if count.any() else count > 0
     assert np.array_equal(mended[~hot], E_v[~hot])
     assert (np.abs(mended) <= count).all() and (mended * E_v >= 0).all()
@@ -814,7 +838,7 @@ def test_mending_lowers_what_is_hot_and_nothing_else(E_v):
 )
 def test_mending_examples(E_v, expected):
     with warnings.catch_warnings(action="error"):
-        assert mend(np.array(E_v)).tolist() == expected
+        assert mend_alone(np.array(E_v)).tolist() == expected
 
 
 @pytest.mark.parametrize("polarity", ["count", "signed"])
@@ -827,7 +851,7 @@ def test_hot_pixels_are_mended_where_events_are_accumulated(polarity):
         (mended,) = event_maps([aligned], polarity, "mend")[0]
     expected[20, 10] = 1 if polarity == "count" else -1
     assert np.array_equal(mended, expected)
-    assert np.array_equal(next(event_maps([EventMap(counts)], polarity, "mend")[0]), mend(counts))
+    assert np.array_equal(next(event_maps([EventMap(counts)], polarity, "mend")[0]), mend_alone(counts))
     with pytest.warns(UserWarning, match="the event map: 20 pixels hold"):
         assert np.array_equal(next(event_maps([EventMap(counts)], polarity, "keep")[0]), counts)
 

@@ -26,6 +26,7 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
 from PIL import Image
@@ -34,10 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
+import convert
 import tiny
 import weights
 from epvlm import EPVLM, Options, Sampling, exit_status, read_clip
 from llm import prompt_ids
+from test_convert import MADE, group, hdf5
 
 SECONDS, SPARE = 10, 64 * 2**20
 TOKEN = 4 * (128 + 4 * 64 + 3 * 96)  # bytes of one in the small model: keys, values and the widest layer, float32
@@ -276,6 +279,75 @@ def zipped(members: dict) -> bytes:
     return file.getvalue()
 
 
+# Homographies and recordings
+
+
+def homography(rng, bench: Bench) -> dict:
+    """A matrix near a mirror's in a file, mutated, or one of odd numbers."""
+    path = bench.fresh() / str(rng.choice(["H.npy", "H.txt"]))
+    H = np.array([[-1.0, 0, 111], [0, 1, 0], [0, 0, 1]]) + rng.normal(size=(3, 3)) * 10 ** rng.uniform(-9, -2)
+    odd = rng.random() < 0.4
+    if odd:
+        values = [0, 1, -1, 1e-300, 1e308, -1e5, 5e-324, np.nan, np.inf, 112]
+        H[rng.random((3, 3)) < 0.3] = values[rng.integers(len(values))]
+        H = H[: rng.integers(1, 4)] * 10 ** rng.uniform(-20, 0) if rng.random() < 0.5 else -H
+    file, kind = io.BytesIO(), str(rng.choice(["<f8", ">f4", "c16", "U9", "O"], p=[0.6, 0.1, 0.1, 0.1, 0.1]))
+    with warnings.catch_warnings(action="ignore"):
+        np.save(file, H.astype(kind)) if path.suffix == ".npy" else np.savetxt(
+            file, H, delimiter=rng.choice([" ", ","])
+        )
+    path.write_bytes(file.getvalue() if odd else mutate(rng, file.getvalue()))
+    return {"homography": path}
+
+
+def recording(rng, bench: Bench) -> dict:
+    """Of any kind that `convert.py` reads, mutated, perhaps under another's name; HDF5 of odd columns; and flags."""
+    name = list(MADE)[rng.integers(len(MADE))]
+    content, suffix = MADE[name][0], Path(name).suffix
+    if rng.random() < 0.2:
+        suffix = str(rng.choice([".raw", ".dat", ".bin", ".h5", ".txt", ".aedat4", ".npy", ""]))
+    path = bench.fresh() / f"recording{suffix}"
+    path.write_bytes(mutate(rng, content) if rng.random() < 0.8 else odd_hdf5(rng, bench))
+    edges = [-np.inf, -1.0, 0.0, 5000.0, 100_000.0, 1e9, 1.5e15 + 9e4, np.inf]
+    window = tuple(edges[n] for n in sorted(rng.choice(len(edges), 2, replace=False)))
+    flags = {"window": window if rng.random() < 0.5 else convert.EVER, "rectify": None, "calibration": None}
+    flags["time_unit"] = [None, None, "s", "us", "ns"][rng.integers(5)]
+    flags |= {"order": [None, None, "txyp", "pyxt"][rng.integers(4)], "camera": str(rng.choice(["left", "right"]))}
+    return {"recording": path, **flags}
+
+
+def odd_hdf5(rng, bench: Bench) -> bytes:
+    odd = [lambda a: a[:0], lambda a: a[:, None], lambda a: a[3], lambda a: a.astype("S4"), lambda a: a * np.nan,
+           lambda a: a[::-1], lambda a: a.astype("f4") / 7, lambda a: a.astype("u8") + 2**63, lambda a: a[:9],
+           lambda a: h5py.Empty("i4"), lambda a: -a.astype("i8"), lambda a: a.view([("x", a.dtype)])]  # fmt: skip
+    columns = [bench.rows[name] for name in "xytp"]
+    for n in rng.integers(0, 4, rng.integers(0, 3)):
+        with contextlib.suppress(ValueError, TypeError, IndexError):
+            columns[n] = odd[rng.integers(len(odd))](columns[n])
+
+    def change(h5) -> None:
+        group(h5, str(rng.choice(["events", "left", "a/right/b"])), *columns)
+        offset = [0, 5, 2**62, -1.5, np.nan, "x", [1, 2], h5py.SoftLink("/nowhere"), np.dtype("i4")][rng.integers(9)]
+        if rng.random() < 0.5:
+            h5["t_offset"] = offset
+        if rng.random() < 0.3:
+            h5.attrs["sensor_resolution"] = [5, "240x180", [1, 2, 3], [np.nan, 1], []][rng.integers(5)]
+
+    return hdf5(change)
+
+
+def converted(case: dict) -> None:
+    """Converts; after an error nothing lies beside the recording."""
+    path = case["recording"]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            convert.run(argparse.Namespace(**case, output=path.with_name("out.npy")))
+    except ValueError:
+        if left := [each.name for each in path.parent.iterdir() if each != path]:
+            raise AssertionError(f"{left} half-written") from None
+        raise
+
+
 # Checkpoints and tokenizers
 
 
@@ -413,8 +485,9 @@ def question(rng, bench: Bench) -> dict:
     return {"question": text[:100_000]}
 
 
-READERS = {"images": image_file, "clips": clip, "events": events_file, "checkpoints": checkpoint,
-           "tokenizers": tokenizer, "questions": question}  # fmt: skip
+READERS = {"images": image_file, "clips": clip, "events": events_file, "homographies": homography,
+           "recordings": recording, "checkpoints": checkpoint, "tokenizers": tokenizer,
+           "questions": question}  # fmt: skip
 
 
 def use(bench: Bench, case: dict) -> None:
@@ -424,6 +497,10 @@ def use(bench: Bench, case: dict) -> None:
     elif "clip" in case:
         found = read_clip(case["clip"], case.get("times"), case.get("fps"))
         bench.model.look(case["clip"] if found is None else found, None, Options(0.5, rule="cover", max_pixels=10**4))
+    elif "homography" in case:
+        bench.model.look(bench.image, bench.rows, Options(homography=case["homography"]))
+    elif "recording" in case:
+        converted(case)
     elif "tokenizer" in case:
         found = weights.read_tokenizer(case["tokenizer"], 400)
         EPVLM(dataclasses.replace(bench.model.checkpoint, tokenizer=found))
@@ -494,7 +571,17 @@ def claimed(case: dict) -> int:
 def named(told: str) -> bool:
     """Whether a line names what is wrong in another way than by the file's path."""
     return any(
-        word in told for word in ("question", "max_pixels", "sensor", "scores in", "the image", "crop it", "fps")
+        word in told
+        for word in (
+            "question",
+            "max_pixels",
+            "sensor",
+            "scores in",
+            "the image",
+            "crop it",
+            "fps",
+            "perhaps homography",
+        )
     )
 
 
