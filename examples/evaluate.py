@@ -306,7 +306,7 @@ def run(args: argparse.Namespace) -> None:
     files = find(args.data, args.data_revision)
     table, settings["data"] = index(files)
     same = all(each == settings for each in common.gathered([settings], world))
-    need(same, f"{args.data}: differs between the machines; copy it anew")
+    need(same, f"{args.data}: machines have other rows or settings; give all the same")
     answers = common.Answers(args.output, rank, settings)
     known, todo = common.by_job(common.gathered(answers.known, world)), common.by_job(jobs(table, args))
     need(args.resume or not known, f"{args.output}: has answers already; add --resume, or give another --output")

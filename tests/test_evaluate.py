@@ -643,7 +643,7 @@ def test_other_columns_of_parquet_may_hold_what_python_lacks(folder, tmp_path):
 def test_machines_with_other_rows_are_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "gathered", lambda records, world: [*records, {**records[0], "data": "other"}])
     done = call("--data", folder / "questions.jsonl", "--output", tmp_path / "out")
-    assert done.returncode == 2 and "questions.jsonl: differs between the machines" in done.stderr
+    assert done.returncode == 2 and "questions.jsonl: machines have other rows or settings" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
