@@ -3,8 +3,7 @@
     python examples/evaluate.py --data questions.jsonl --output DIR --sparsity 0 0.5 0.7 --rule exact cover
     torchrun --nproc-per-node 4 examples/evaluate.py ...          the same, the images dealt out to 4 processes
 
-README.md, Your own questions, says what a row of the data may hold and what the table shows. Every answer is at once a
-line of DIR/answers.jsonl, and --resume goes on after an interruption at any moment.
+README.md, Your own questions, says what a row may hold, what the table shows, and how --resume goes on.
 
 Glossary
     row      its fields (see KINDS), or `error`, why it cannot be asked; `number` from 0, `at` for messages, `folder`
@@ -84,8 +83,7 @@ def parsed(read) -> dict | None:
     try:
         if isinstance(read, bytes):
             return json.loads(read)
-        columns = zip(read.schema.names, read.columns, strict=True)
-        return {name: column.to_pylist()[0] if name in KINDS else None for name, column in columns}
+        return {name: read[n].to_pylist()[0] if name in KINDS else None for n, name in enumerate(read.schema.names)}
     except (ValueError, RecursionError):
         return None
 
@@ -225,21 +223,20 @@ def events_of(row: dict, seen: Image.Image | Clip, how: Options, args: argparse.
         return read_events(row["folder"] / row["events"], how.order, how.time_unit)
     if not args.camera:
         return None
-    clip = "frames" in row
-    frames = movie(picture(row, how, sys.maxsize)) if clip else saccade(np.asarray(seen), args.radius)
+    frames = movie(picture(row, how, sys.maxsize)) if "frames" in row else saccade(np.asarray(seen), args.radius)
     return camera(frames, CameraOptions(args.threshold))
 
 
 def answer(model: EPVLM, view: View, row: dict, sampling: Sampling) -> dict:
     """Asks about what has been read; what a record needs of it."""
-    start, question, keys = time.perf_counter(), row["question"], row["answer"]
+    start, question = time.perf_counter(), row["question"]
     tokens = model.tokens(view, question, sampling)
     first, seconds = next(tokens), time.perf_counter() - start
     text, length = "".join(model.pieces(chain([first], tokens))), len(model.prompt(view, question)[0])
-    right = {rule.__name__: any(rule(question, key, text) for key in keys) for rule in (exact, choice)}
+    right = {rule.__name__: any(rule(question, key, text) for key in row["answer"]) for rule in (exact, choice)}
     linear = model.vit.flops(view.keep.sum(dim=(1, 2)).tolist(), view.tokens)[0] + model.llm.flops(length, length)[0]
     costs = {"tokens": view.tokens, "linear": linear, "flops": model.flops(view, question)[0], "seconds": seconds}
-    return {"answer": text, "key": keys, **right, **costs}
+    return {"answer": text, "key": row["answer"], **right, **costs}
 
 
 # The table
@@ -320,8 +317,8 @@ def run(args: argparse.Namespace) -> None:
         made.append(record)
         answers.add(record)
         if rank == 0 and sys.stderr.isatty():
-            end = "" if len(made) < total else "\r\033[K"
-            print(f"\r\033[K{len(made)} of {total} questions{end}", end="", file=sys.stderr, flush=True)
+            end = "\r\033[K" * (len(made) == total)
+            print(f"\r\033[K{len(made)} of {total} questions", end=end, file=sys.stderr, flush=True)
     known = todo | common.by_job([*known.values(), *common.gathered(made, world)])
     if rank == 0:
         for record in known.values():

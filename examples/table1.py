@@ -70,8 +70,7 @@ def measured(folder: Path, size: str | None) -> None:
     found = [*read_answers(folder).values()]
     records = by_job(record for _, some in found for record in some)
     need(bool(records), f"{folder}: no answers there; give the folder that evaluate.py wrote (--output)")
-    model = Path(str(found[0][0].get("model"))).name
-    size = size or next((size for size in PARAMS if f"-{size}" in model), "")
+    size = size or next((size for size in PARAMS if f"-{size}" in Path(str(found[0][0].get("model"))).name), "")
     head, lines = table_of([{**records[job], "group": ""} for job in sorted(records)])
     lines = [[*line, *PAPER.get((size, float(line[0])), "–––")] for line in lines]
     print(markdown([*head, "paper: %", "TFLOPs linear", "TMACs linear"], lines))
