@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -79,12 +80,12 @@ def smart_resize(height: int, width: int, factor: int, limits: ImageConfig) -> t
     return h, w
 
 
-def read_image(image: str | Path | Image.Image) -> Image.Image:
-    """An image file or a PIL image of any mode, upright, as 8-bit RGB; transparency is laid on white. Raises ValueError
-    that names a file that is no whole image. Warns of grey that `eight_bits` scales."""
+def read_image(image: str | Path | BinaryIO | Image.Image) -> Image.Image:
+    """An image file, by name or open, or a PIL image of any mode, upright, as 8-bit RGB; transparency is laid on
+    white. Raises ValueError that names a file that is no whole image. Warns of grey that `eight_bits` scales."""
     name = str(image) if isinstance(image, str | Path) else "the image"
     try:
-        need(isinstance(image, Image.Image) or Path(image).is_file(), "there is no such file")
+        need(not isinstance(image, str | Path) or Path(image).is_file(), "there is no such file")
         image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
         if image.mode[0] in "IF":  # grey of 16 bits; some formats open as 32
             image = eight_bits(image, name)

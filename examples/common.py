@@ -2,6 +2,7 @@
 intervals of shares, and the file of answers. Every script imports it before it imports those modules.
 """
 
+import atexit
 import contextlib
 import fcntl
 import json
@@ -11,6 +12,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,7 +26,6 @@ sys.path.insert(0, str(ROOT))
 from epvlm import EPVLM, add_model, exit_status, warnings_as_lines  # noqa: E402, F401 (scripts take them from here)
 from events import Events  # noqa: E402
 
-NEEDED = {"row", "image", "group", "sparsity", "rule", "exact", "choice", "tokens", "linear", "flops", "seconds"}
 TINY = ROOT / "examples" / "tiny"  # the checkpoint that train_tiny.py made
 
 
@@ -71,17 +72,18 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path, needed: str = "requirements-convert.txt") -> Iterator[None]:
     """Turns what libraries raise into a ValueError that names the file, and says how to get one that is missing."""
     try:
         yield
     except ImportError as error:
-        raise ValueError(f"{path}: needs {error.name}; pip install -r examples/requirements-convert.txt") from None
+        raise ValueError(f"{path}: needs {error.name}; pip install -r examples/{needed}") from None
     except Exception as error:
         if isinstance(error, ValueError) and str(error).startswith(f"{path}: "):
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{path}: cannot be read ({reason}); it may be damaged or cut short, copy it again") from None
+        raise ValueError(
+            f"{path}: cannot be read ({one_line(error)}); it may be damaged or cut short, copy it again"
+        ) from None
 
 
 def save_events(events: Events, path: Path) -> None:
@@ -102,7 +104,7 @@ def accuracy(by_scene: list[tuple[int, int]]) -> str:
     variance = sum((ok - p * asked) ** 2 for ok, asked in by_scene) / n**2  # of p
     n = min(n, p * (1 - p) / variance) if variance else n
     middle, half = p + z * z / (2 * n), z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5
-    low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    low, high = (max(0.0, (middle + sign * half) / (1 + z * z / n)) for sign in (-1, 1))
     return f"{100 * p:.1f} ({100 * low:.1f}–{100 * high:.1f})"
 
 
@@ -140,11 +142,12 @@ def one_line(error: Exception | Warning) -> str:
 # The answers that evaluate.py writes and table1.py reads. A record is a dict with the number of a row, a sparsity, a
 # rule, and what was answered, or the error. The first line of a file has the settings.
 
+JOB = itemgetter("row", "sparsity", "rule")
+
 
 def by_job(records: Iterable[dict]) -> dict[tuple, dict]:
     """An answer counts more than an error, which was tried again."""
-    ordered = sorted(records, key=lambda record: "error" not in record)
-    return {(record["row"], record["sparsity"], record["rule"]): record for record in ordered}
+    return {JOB(record): record for record in sorted(records, key=lambda record: "error" not in record)}
 
 
 def read_answers(folder: Path) -> dict[Path, tuple[dict, list[dict]]]:
@@ -155,11 +158,10 @@ def read_answers(folder: Path) -> dict[Path, tuple[dict, list[dict]]]:
         try:
             settings, *records = [json.loads(line) for line in lines] or [{"settings": {}}]
             found[path] = dict(settings["settings"]), records
-            known = by_job(records).values()
-            fine = lines or rest[: len(start)] == start[: len(rest)]
-            if not fine or not all(record.keys() >= NEEDED for record in known if "error" not in record):
+            by_job(records)  # each is a record
+            if not lines and rest[: len(start)] != start[: len(rest)]:
                 raise ValueError
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path}: holds other things than answers; give another folder") from None
     return found
 
@@ -168,54 +170,49 @@ class Answers:
     """DIR/answers.jsonl. Each further process has a file of its own, answers.1.jsonl, ..., on whatever machine."""
 
     def __init__(self, folder: Path, rank: int, settings: dict):
-        """Takes the process's file. settings: as JSON gives them back. Raises ValueError if another run has it."""
+        """Takes the process's file, and reads all in the folder. An unfinished last line goes: the process was killed
+        while it wrote. Raises ValueError if another run has the file, or for records made under other settings."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.settings = folder / (f"answers.{rank}.jsonl" if rank else "answers.jsonl"), settings
+        self.path = folder / (f"answers.{rank}.jsonl" if rank else "answers.jsonl")
         self.file = self.path.open("ab", buffering=0)
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"{self.path}: another run is writing it; wait for it, or end it") from None
-
-    def read(self) -> dict[tuple, dict]:
-        """The records in the folder. Raises ValueError if any were made under other settings. An unfinished last line
-        of the own file goes: the process was killed while it wrote."""
-        found = read_answers(self.path.parent)
+        found = read_answers(folder)
         for path, (was, records) in found.items():
-            for key, now in self.settings.items() if records else ():
+            for key, now in settings.items() if records else ():
+                other = f"made with {key} {was.get(key)!r}, not {now!r}"
                 if was.get(key) != now:
-                    other = f"made with {key} {was.get(key)!r}, not {now!r}"
                     raise ValueError(f"{path}: {other}; go on with the same, or give another folder")
+        self.known = [record for _, records in found.values() for record in records]
         self.held = by_job(found[self.path][1])
         self.file.truncate(self.path.read_bytes().rfind(b"\n") + 1 if self.held else 0)
-        return by_job(record for _, records in found.values() for record in records)
+        if not self.held:
+            self.write({"settings": settings})
 
-    def add(self, records: Iterable[dict]) -> None:
-        """Appends those that the file lacks, each in a single write: a kill leaves all of it or nothing."""
-        for job, record in by_job(records).items():
-            if self.held.get(job) != record:
-                lines = [record] if self.held else [{"settings": self.settings}, record]
-                whole = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-                self.held[job] = record
-                if self.file.write(whole) != len(whole):
-                    raise OSError(f"{self.path}: the disk is full; make room, and go on with --resume")
+    def add(self, record: dict) -> None:
+        if self.held.get(JOB(record)) != record:
+            self.held[JOB(record)] = record
+            self.write(record)
+
+    def write(self, line: dict) -> None:
+        """Appends it in a single write: a kill leaves all of it or nothing."""
+        whole = json.dumps(line).encode() + b"\n"
+        if self.file.write(whole) != len(whole):
+            raise OSError(f"{self.path}: the disk is full; make room, and go on with --resume")
 
 
-@contextlib.contextmanager
-def processes(args: Namespace) -> Iterator[tuple[int, int]]:
-    """This process's rank and how many there are, as torchrun says, else alone; each takes a device of its own."""
+def process(device: str | None) -> tuple[int, int]:
+    """This process's rank and how many there are, as torchrun says, else alone. Each takes a GPU of its own, unless the
+    flag `device` names another."""
     rank, world, local = (int(os.environ.get(key, n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if world > 1:
-        if args.device not in (None, "cpu", "cuda"):
-            raise ValueError(f"device {args.device}: among several processes each has its own; give cpu or cuda")
-        if args.device != "cpu" and torch.cuda.is_available():
-            args.device = f"cuda:{local}"
+        if device in (None, "cuda") and torch.cuda.is_available():
+            torch.cuda.set_device(local)  # which the name cuda then means
         distributed.init_process_group("gloo", timeout=timedelta(days=30))  # they wait for the slowest
-    try:
-        yield rank, world
-    finally:
-        if world > 1:
-            distributed.destroy_process_group()
+        atexit.register(distributed.destroy_process_group)
+    return rank, world
 
 
 def gathered(records: Iterable[dict], world: int) -> list[dict]:

@@ -3,8 +3,7 @@
     python examples/evaluate.py --data questions.jsonl --output DIR --sparsity 0 0.5 0.7 --rule exact cover
     torchrun --nproc-per-node 4 examples/evaluate.py ...          the same, the images dealt out to 4 processes
 
-README.md, Your own questions, says what a row of the data may hold and what the table shows. Every answer is at once a
-line of DIR/answers.jsonl, and --resume goes on after an interruption at any moment.
+README.md, Your own questions, says what a row may hold, what the table shows, and how --resume goes on.
 
 Glossary
     row      its fields (see KINDS), or `error`, why it cannot be asked; `number` from 0, `at` for messages, `folder`
@@ -42,7 +41,6 @@ KINDS = {"image": (str, bytes), "frames": (str, list), "times": (str, list), "fp
          "window": (list,), "homography": (str, list), "question": (str,), "answer": (str, int, list),
          "choices": (list,), "group": (str, int)}  # fmt: skip
 LOOK = ("image", "frames", "times", "fps", "events", "window", "homography")
-FAULTS = (ValueError, TypeError, OSError, MemoryError, torch.OutOfMemoryError, argparse.ArgumentTypeError)  # of a row
 NO_ROW = "neither a JSON object nor a readable row of parquet"
 SETTING = itemgetter("sparsity", "rule")
 
@@ -70,68 +68,77 @@ def rows(files: list[Path]) -> Iterator[dict]:
             for place, read in enumerate(parquet_rows(path) if parquet else file, 1):
                 if not (isinstance(read, bytes) and read.isspace()):
                     named = {"number": next(number), "at": f"{path.name}:{place}", "folder": path.parent}
-                    yield named | checked(read)
+                    yield named | checked(parsed(read))
 
 
 def parquet_rows(path: Path) -> Iterator:
-    try:
-        from pyarrow import ArrowException, parquet
+    with common.reading(path, "requirements.txt"):
+        from pyarrow import parquet
 
         yield from parquet.ParquetFile(path).iter_batches(1)
-    except ImportError:
-        raise ValueError("pyarrow is not installed; pip install -r examples/requirements.txt") from None
-    except (ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a whole parquet file ({common.one_line(error)}); fetch it again") from None
 
 
-def checked(read) -> dict:
-    """The filled fields of a line of JSON, or of a row of parquet: the question with its choices, the answer as a list
-    of texts. Of one that cannot be asked the error."""
-    row = {}
+def parsed(read) -> dict | None:
+    """A line of JSON, or a row of parquet, of which other columns may hold what Python lacks; None if it is broken."""
     try:
-        try:
-            found = json.loads(read.decode("utf-8-sig")) if isinstance(read, bytes) else read.to_pylist()[0]
-        except (ValueError, RecursionError):
-            found = None
+        if isinstance(read, bytes):
+            return json.loads(read)
+        return {name: read[n].to_pylist()[0] if name in KINDS else None for n, name in enumerate(read.schema.names)}
+    except (ValueError, RecursionError):
+        return None
+
+
+def checked(found) -> dict:
+    """The filled fields, the question with its choices, the answer as a list of texts; or the error."""
+    row = {"group": ""}
+    try:
         need(isinstance(found, dict), NO_ROW)
         if unknown := ", ".join(sorted(found.keys() - KINDS.keys())):
             warnings.warn(f"the data have fields that are not used: {unknown}", stacklevel=2)
         if isinstance(image := found.get("image"), dict):  # as the hub has it
             found["image"] = image.get("bytes") or image.get("path")
-        row = {name: value for name in KINDS if (value := found.get(name)) not in (None, "", b"", [])}
-        for name, value in row.items():
+        filled = {name: value for name in KINDS if (value := found.get(name)) not in (None, "", b"", [])}
+        if type(filled.get("group")) in KINDS["group"]:
+            row["group"] = filled["group"] = " ".join(str(filled["group"]).split())
+        for name, value in filled.items():
             kinds = " or ".join(kind.__name__ for kind in KINDS[name])
             need(type(value) in KINDS[name], f"{name} {value!r:.60}: give {kinds}")
-        need(("image" in row) != ("frames" in row), "give image or frames, one of them")
-        need(bool(row.get("question", "").strip()), "no question")
-        keys, shown = row.get("answer"), row.pop("choices", [])
-        keys = keys if isinstance(keys, list) else [keys]
-        fine = all(type(text) in (str, int) and str(text).strip() for text in keys + shown)
-        need(fine, f"answer {keys!r:.60}, choices {shown!r:.60}: give texts")
-        keys, shown = ([" ".join(str(text).split()) for text in part] for part in (keys, shown))
-        if shown and not options(row["question"]):
-            need(1 < len(shown) < 27, f"{len(shown)} choices: give 2 to 26")
-            lettered = "".join(f"{chr(ord('A') + n)}. {text}\n" for n, text in enumerate(shown))
-            row["question"] += f"\n{lettered}Answer with the letter of the correct option."
-        known = [normalise(key, row["question"]).upper() in options(row["question"]) for key in keys]
-        need(not shown or all(known), f"answer {', '.join(keys):.60}: give one of the choices, or its letter")
-        return row | {"group": str(row.get("group", "")), "answer": keys}
+        need(("image" in filled) != ("frames" in filled), "give image or frames, one of them")
+        return filled | row | question_of(filled)
     except (ValueError, TypeError) as error:
-        group = str(row["group"]) if type(row.get("group")) in KINDS["group"] else ""
-        return {"group": group, "error": common.one_line(error)}
+        return row | {"error": common.one_line(error)}
+
+
+def question_of(row: dict) -> dict:
+    """The question with its choices, and all answers that count as right. Raises ValueError."""
+    question, keys, shown = row.get("question", ""), row.get("answer"), row.get("choices", [])
+    keys = keys if isinstance(keys, list) else [keys]
+    need(bool(question.strip()), "no question")
+    fine = all(type(text) in (str, int) and str(text).strip() for text in keys + shown)
+    need(fine, f"answer {keys!r:.60}, choices {shown!r:.60}: give texts")
+    keys, shown = ([" ".join(str(text).split()) for text in part] for part in (keys, shown))
+    if shown and not options(question):
+        need(1 < len(shown) < 27, f"{len(shown)} choices: give 2 to 26")
+        lettered = "".join(f"{chr(ord('A') + n)}. {text}\n" for n, text in enumerate(shown))
+        question += f"\n{lettered}Answer with the letter of the correct option."
+    known = options(question)
+    fits = [normalise(key, question).upper() in known for key in keys]
+    fits += [known.get(key.upper(), key) == key for key in keys if key in known.values()]  # else another's letter
+    need(not shown or all(fits), f"answer {', '.join(keys):.60}: give one of the choices, or its letter")
+    return {"question": question, "answer": keys}
 
 
 def index(files: list[Path]) -> tuple[list[dict], str]:
-    """All rows, with texts in the place of what is looked at, `look` and `image`, equal where it is; and a digest."""
+    """All rows, with a digest in the place of bytes, and as text what is looked at and its image; a digest of all."""
     table, whole = [], hashlib.sha256()
     for row in rows(files):
-        folder, look = str(row.pop("folder")), [row.pop(name, None) for name in LOOK]
-        if isinstance(look[0], bytes):
-            look[0] = [hashlib.sha256(look[0]).hexdigest()]
-        image = str(["" if isinstance(look[0], list) else folder, *look[:2]])
-        whole.update(json.dumps([look, row], default=str).encode())
-        dark = look[4] is None and "error" not in row
-        table.append(row | {"look": str([folder, *look]), "image": image, "dark": dark})
+        folder, image = row.pop("folder"), row.get("image")
+        if isinstance(image, bytes):
+            row["image"] = hashlib.sha256(image).hexdigest()
+        whole.update(json.dumps(row, default=str).encode())
+        row["look"] = str([folder, *map(row.get, LOOK)])
+        row["image"] = str([not isinstance(image, bytes) and folder, *map(row.get, LOOK[:2])])
+        table.append(row)
     fine = any(row.get("error") != NO_ROW for row in table)
     need(fine, f"{files[0]}: no rows in it; give JSON Lines, one object a line, or parquet")
     return table, whole.hexdigest()[:16]
@@ -145,17 +152,17 @@ def jobs(table: list[dict], args: argparse.Namespace) -> Iterator[dict]:
     Sparsity 0 is asked once, whatever the rules."""
     images: dict[str, int] = {}
     for row in table[: args.limit]:
-        image, bad = images.setdefault(row["image"], row["number"]), {"error": row["error"]} if "error" in row else {}
+        about = {"row": row["number"], "image": images.setdefault(row["image"], row["number"]), "group": row["group"]}
         for sparsity in args.sparsities:
             for rule in args.rules if sparsity else ["dense"]:
-                job = {"row": row["number"], "image": image, "group": row["group"], "sparsity": sparsity, "rule": rule}
-                yield job | bad
+                bad = {"error": row["error"]} if "error" in row else {}
+                yield {**about, "sparsity": sparsity, "rule": rule, **bad}
 
 
 def asked(mine: dict[int, list[dict]], table: list[dict], files: list[Path], args) -> Iterator[dict]:
     """The records of jobs by the number of a row that has their look."""
-    model = common.load(args)
-    if not args.camera and any(args.sparsities) and (dark := sum(row["dark"] for row in table)):
+    model, dark = common.load(args), sum("events" not in row for row in table[: args.limit] if "error" not in row)
+    if dark and not args.camera and any(args.sparsities) and set(args.rules) != {"cover"}:
         told = "only the rule cover drops any of their patches; --camera makes events"
         warnings.warn(f"rows without events: {dark}; {told}", stacklevel=2)
     for row in islice(rows(files), max(mine) + 1):  # once more, for the images
@@ -174,14 +181,14 @@ def ask(model: EPVLM, row: dict, those: list[dict], table: list[dict], args: arg
                     seen = seen or picture(row, how)
                     events = events or (events_of(row, seen, how, args) if how.sparsity else None)
                     start = time.perf_counter()
-                    view = model.read(model.look(seen, events if how.sparsity else None, how))
+                    view = model.read(model.look(seen, events, how))
                     if model.weight.is_cuda:
                         torch.cuda.synchronize(model.weight.device)
                     start, last = time.perf_counter() - start, SETTING(job)
                 found = answer(model, view, table[job["row"]], chosen(args, Sampling))
             found["seconds"] += start
             yield job | found | ({"warning": common.one_line(caught[0].message)} if caught else {})
-        except FAULTS as error:
+        except Exception as error:  # whatever is wrong with a row, the others are asked
             yield job | {"error": common.one_line(error)}
 
 
@@ -197,40 +204,39 @@ def options_of(row: dict, job: dict, args: argparse.Namespace) -> Options:
     return replace(chosen(args, Options), **own)
 
 
-def picture(row: dict, how: Options) -> Image.Image | Clip:
-    """What is looked at."""
+def picture(row: dict, how: Options, most: int | None = None) -> Image.Image | Clip:
+    """What is looked at; of a clip from a file `most` frames, see `read_input`."""
     folder, image, frames, times, fps = (row.get(name) for name in ("folder", "image", "frames", "times", "fps"))
-    try:
-        if image:  # a path or bytes
-            return read_image(folder / image if isinstance(image, str) else Image.open(BytesIO(image)))
-        if isinstance(frames, str):
-            named = {"image": folder / frames, "times": times and folder / times, "fps": fps, "frames": None}
-            return read_input(argparse.Namespace(**named, frame=None, window=how.window))
-        need((times is None) != (fps is None), "frames: give times or fps, one of them")
-        frames = [folder / each for each in frames]
-        return Clip.at_rate(frames, fps) if times is None else Clip(frames, np.array(times))
-    except Exception as error:  # Pillow's readers raise errors of many kinds
-        raise ValueError(common.one_line(error)) from None
+    if image:  # a path or bytes
+        return read_image(folder / image if isinstance(image, str) else BytesIO(image))
+    if isinstance(frames, str):
+        named = {"image": folder / frames, "times": times and folder / times, "fps": fps, "frames": most}
+        return read_input(argparse.Namespace(**named, frame=None, window=how.window))
+    need((times is None) != (fps is None), "frames: give times or fps, one of them")
+    frames = [folder / each for each in frames]
+    return Clip.at_rate(frames, fps) if times is None else Clip(frames, np.array(times))
 
 
 def events_of(row: dict, seen: Image.Image | Clip, how: Options, args: argparse.Namespace):
-    """A recording, or what the event camera makes, or None."""
+    """A recording, or what the event camera makes of the still, or of all frames; or None."""
     if "events" in row:
         return read_events(row["folder"] / row["events"], how.order, how.time_unit)
-    frames = movie(seen) if isinstance(seen, Clip) else saccade(np.asarray(seen), args.radius)
-    return camera(frames, CameraOptions(args.threshold)) if args.camera else None
+    if not args.camera:
+        return None
+    frames = movie(picture(row, how, sys.maxsize)) if "frames" in row else saccade(np.asarray(seen), args.radius)
+    return camera(frames, CameraOptions(args.threshold))
 
 
 def answer(model: EPVLM, view: View, row: dict, sampling: Sampling) -> dict:
     """Asks about what has been read; what a record needs of it."""
-    start, (question, keys) = time.perf_counter(), (row["question"], row["answer"])
+    start, question = time.perf_counter(), row["question"]
     tokens = model.tokens(view, question, sampling)
     first, seconds = next(tokens), time.perf_counter() - start
     text, length = "".join(model.pieces(chain([first], tokens))), len(model.prompt(view, question)[0])
-    right = {rule.__name__: any(rule(question, key, text) for key in keys) for rule in (exact, choice)}
+    right = {rule.__name__: any(rule(question, key, text) for key in row["answer"]) for rule in (exact, choice)}
     linear = model.vit.flops(view.keep.sum(dim=(1, 2)).tolist(), view.tokens)[0] + model.llm.flops(length, length)[0]
     costs = {"tokens": view.tokens, "linear": linear, "flops": model.flops(view, question)[0], "seconds": seconds}
-    return {"answer": text, "key": keys, **right, **costs}
+    return {"answer": text, "key": row["answer"], **right, **costs}
 
 
 # The table
@@ -240,26 +246,25 @@ def table_of(records: list[dict]) -> tuple[list[str], list[list]]:
     """Its head and its rows: for each sparsity and rule, and below for each group."""
     asked, lines = [record for record in records if "error" not in record], []
     unit, prefix = scale(max((record["flops"] for record in asked), default=1))
-    scores = ["exact % (95 %)", "beside dense", "right of asked", "choice % (95 %)", "beside dense", "right of asked"]
-    figures = ["not asked", "tokens", f"{prefix}FLOPs", f"linear {prefix}FLOPs", "first token, s"]
+    scores = [f"{score} % (95 %)|beside dense|right of asked" for score in ("exact", "choice")]
+    head = ["sparsity|rule|group", *scores, f"not asked|tokens|{prefix}FLOPs|linear {prefix}FLOPs|first token, s"]
     dense = {record["row"]: record for record in asked if record["rule"] == "dense"}
-    groups = ["all", *sorted({record["group"] for record in records} - {""})]
+    groups = [None, *sorted({record["group"] for record in records} - {""})]
     for setting, group in product(dict.fromkeys(map(SETTING, records)), groups):
-        every = [each for each in records if SETTING(each) == setting and group in ("all", each["group"])]
+        every = [each for each in records if SETTING(each) == setting and group in (None, each["group"])]
         here = [record for record in every if "error" not in record]
         pairs = [(record, dense[record["row"]]) for record in here if setting[0] and record["row"] in dense]
-        cells = [f"{setting[0]:g}", setting[1], group]
+        cells = [f"{setting[0]:g}", setting[1], group or "all"]
         for score in ("exact", "choice"):
             both = [common.by_image(part, score) for part in zip(*pairs, strict=True)]
             right = f"{sum(record[score] for record in here)} of {len(here)}"
             cells += [common.accuracy(common.by_image(here, score)), common.difference(*both) if both else "–", right]
-        costs = "––––"
+        lines.append([*cells, len(every) - len(here), *"––––"])
         if here:
             tokens, flops, linear = (np.mean([each[key] for each in here]) for key in ("tokens", "flops", "linear"))
-            costs = [f"{tokens:.1f}", f"{flops / unit:.4g}", f"{linear / unit:.4g}"]
-            costs.append(f"{np.median([each['seconds'] for each in here]):.3f}")
-        lines.append([*cells, len(every) - len(here), *costs])
-    return ["sparsity", "rule", "group", *scores, *figures], lines
+            seconds = np.median([each["seconds"] for each in here])
+            lines[-1][-4:] = f"{tokens:.1f}", f"{flops / unit:.4g}", f"{linear / unit:.4g}", f"{seconds:.3f}"
+    return "|".join(head).split("|"), lines
 
 
 def report(records: list[dict], table: list[dict]) -> None:
@@ -269,55 +274,56 @@ def report(records: list[dict], table: list[dict]) -> None:
     print(common.markdown(*table_of(records)))
     for key, title in (("error", "Not asked, and not counted"), ("warning", "Asked with a warning")):
         lines = dict.fromkeys(f"- {table[record['row']]['at']}: {record[key]}" for record in records if key in record)
-        print("\n".join([f"\n{title}:\n", *lines]) if lines else "", end="\n" if lines else "")
+        if lines:
+            print("", f"{title}:", "", *lines, sep="\n")
 
 
 # The command line
 
 
 def settings_of(args: argparse.Namespace) -> dict:
-    """What answers depend on but for sparsity and rule, as JSON gives it back. Raises ValueError for bad flags."""
+    """What answers depend on but data, sparsity and rule, as JSON gives it back. Raises ValueError for bad flags."""
     for sparsity in args.sparsities:
         options = replace(chosen(args, Options), sparsity=sparsity)
     next(saccade(np.zeros((1, 1, 3)), args.radius))
     need(args.limit is None or args.limit > 0, f"limit {args.limit}: give 1 or more")
-    found = {**vars(CameraOptions(args.threshold)), **vars(options), **vars(chosen(args, Sampling))}
-    found |= {name: getattr(args, name) for name in ("model", "revision", "dtype", "camera", "radius")}
-    return json.loads(
-        json.dumps({name: found[name] for name in found if name not in ("sparsity", "rule")}, default=str)
-    )
+    found = {name: getattr(args, name) for name in ("model", "revision", "dtype", "camera", "radius")}
+    found |= {**vars(CameraOptions(args.threshold)), **vars(options), **vars(chosen(args, Sampling))}
+    del found["sparsity"], found["rule"]
+    return json.loads(json.dumps(found))
 
 
 @common.warnings_as_lines("evaluate")
 def run(args: argparse.Namespace) -> None:
-    """Asks what has not been asked yet, and prints the table of all answers."""
+    """Asks what has not been asked yet, and prints the table."""
     settings = settings_of(args)
-    with common.processes(args) as (rank, world):
-        if rank:
-            warnings.simplefilter("ignore")  # the first process warns
-        files = find(args.data, args.data_revision)
-        table, settings["data"] = index(files)
-        old = any(records for _, records in common.read_answers(args.output).values()) and not args.resume
-        need(not old, f"{args.output}: has answers already; go on with --resume, or give another --output")
-        common.gathered([], world)  # all have looked before one makes a file
-        answers = common.Answers(args.output, rank, settings)
-        known, todo = common.by_job(common.gathered(answers.read().values(), world)), common.by_job(jobs(table, args))
-        looks = defaultdict(list)
-        for key, job in todo.items():
-            if "error" not in job and "answer" not in known.get(key, {}):
-                looks[table[job["row"]]["look"]].append(job)
-        mine = {those[0]["row"]: those for those in list(looks.values())[rank::world]}
-        made, total = [], sum(map(len, mine.values()))
-        for record in asked(mine, table, files, args) if mine else ():
-            made.append(record)
-            answers.add([record])
-            if rank == 0 and sys.stderr.isatty():
-                end = "" if len(made) < total else "\r\033[K"
-                print(f"\r\033[K{len(made)} of {total} questions{end}", end="", file=sys.stderr, flush=True)
-        known = todo | common.by_job([*known.values(), *common.gathered(made, world)])
-        if rank == 0:
-            answers.add(known.values())
-            report(sorted((known[key] for key in todo), key=itemgetter("row")), table)
+    rank, world = common.process(args.device)
+    if rank:
+        warnings.simplefilter("ignore")  # the first process warns
+    files = find(args.data, args.data_revision)
+    table, settings["data"] = index(files)
+    same = all(each == settings for each in common.gathered([settings], world))
+    need(same, f"{args.data}: machines have other rows or settings; give all the same")
+    answers = common.Answers(args.output, rank, settings)
+    known, todo = common.by_job(common.gathered(answers.known, world)), common.by_job(jobs(table, args))
+    need(args.resume or not known, f"{args.output}: has answers already; add --resume, or give another --output")
+    looks = defaultdict(list)
+    for key, job in todo.items():
+        if "error" not in job and "answer" not in known.get(key, {}):
+            looks[table[job["row"]]["look"]].append(job)
+    mine = {those[0]["row"]: those for those in list(looks.values())[rank::world]}
+    made, total = [], sum(map(len, mine.values()))
+    for record in asked(mine, table, files, args) if mine else ():
+        made.append(record)
+        answers.add(record)
+        if rank == 0 and sys.stderr.isatty():
+            end = "\r\033[K" * (len(made) == total)
+            print(f"\r\033[K{len(made)} of {total} questions", end=end, file=sys.stderr, flush=True)
+    known = todo | common.by_job([*known.values(), *common.gathered(made, world)])
+    if rank == 0:
+        for record in known.values():
+            answers.add(record)
+        report(sorted((known[key] for key in todo), key=itemgetter("row")), table)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -50,6 +50,5 @@ def choice(question: str, key: str, answer: str) -> bool:
     key, given = normalise(key, question), normalise(answer, question)
     letters = {letter.lower() for letter in options(question)}
     if key in letters and given not in letters:
-        named = {letter.lower() for letter in LETTER.findall(ARTICLE.sub(r"\1", answer))} & letters
-        return named == {key}
+        return {letter.lower() for letter in LETTER.findall(ARTICLE.sub(r"\1", answer))} & letters == {key}
     return given == key

@@ -17,6 +17,7 @@ from common import ROOT, accuracy, check_output, difference, warnings_as_lines, 
         ([(0, 0)], "none asked"),
         ([(1, 1)] * 50 + [(0, 1)] * 50, "50.0 (40.4–59.6)"),  # Wilson's interval of 50 of 100
         ([(1, 1)] * 100, "100.0 (96.3–100.0)"),
+        ([(0, 1)] * 30, "0.0 (0.0–11.4)"),  # not -0.0
         ([(1, 1)] * 90 + [(0, 1)] * 10, "90.0 (82.6–94.5)"),
         ([(8, 8)] * 50 + [(0, 8)] * 50, "50.0 (40.4–59.6)"),  # 800 questions, alike in each scene, count as 100
         ([(1, 2)] * 50, "50.0 (40.4–59.6)"),  # and never as more than independent ones

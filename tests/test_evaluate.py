@@ -11,8 +11,8 @@ import shlex
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from dataclasses import fields, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +220,14 @@ def test_without_the_dense_run_nothing_stands_beside_it():
     assert line[3] == "none asked" and line[9] == 1
 
 
+def test_any_word_may_name_a_group():
+    made = [record(0, 0.5, group="all"), record(2, 0.5, group="|"), record(4, 0.5)]
+    assert [(line[2], line[5]) for line in evaluate.table_of(made)[1]] == [
+        ("all", "3 of 3"), ("all", "1 of 1"), ("|", "1 of 1")
+    ]  # fmt: skip
+    assert evaluate.checked({"group": " at \n night "})["group"] == "at night" and evaluate.checked({})["group"] == ""
+
+
 def bad_record() -> dict:
     return {"row": 0, "image": 0, "group": "", "sparsity": 0.5, "rule": "exact"}
 
@@ -325,7 +333,7 @@ def test_every_setting_must_be_the_same_to_go_on(folder, single, tmp_path):
         other = json.dumps({"settings": {**kept, key: "other"}}).encode()
         (tmp_path / "answers.3.jsonl").write_bytes(other + b"\n" + rest)
         with pytest.raises(ValueError, match=f"made with {key} 'other', not "):
-            Answers(tmp_path, 0, kept).read()
+            Answers(tmp_path, 0, kept)
     arguments = ("--data", folder / "questions.jsonl", "--output", single[1], *RULES)
     for changed, words in (
         (("--max-new-tokens", 9), "made with max_new_tokens 8, not 9"),
@@ -334,7 +342,7 @@ def test_every_setting_must_be_the_same_to_go_on(folder, single, tmp_path):
     ):
         done = call(*arguments, "--resume", *changed)
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
-    assert "has answers already; go on with --resume" in call(*arguments).stderr
+    assert "has answers already; add --resume" in call(*arguments).stderr
 
 
 GOOD = json.dumps(record(0, 0.5)).encode()
@@ -344,7 +352,7 @@ GOOD = json.dumps(record(0, 0.5)).encode()
     "content",
     [b"my notes", b"my notes\n", b"{}\n", b'{"settings": 1}\n', b"[]\n", b"\n", b"\xff\n"]
     + [b'{"settings": {"rows": 1}}\n' + line + b"\n" for line in (
-        b"", b"{}", b"1", b"[]", b'{"row": 0}', GOOD.replace(b"tokens", b"spoken"), GOOD[:-1])],
+        b"", b"{}", b"1", b"[]", b'{"row": 0}', GOOD[:-1])],
 )  # fmt: skip
 def test_a_file_of_something_else_is_left_alone(folder, tmp_path, content):
     path = tmp_path / "answers.jsonl"
@@ -487,6 +495,19 @@ def test_the_camera_makes_events_of_a_still(folder, tmp_path, monkeypatch, chang
     assert recorded.name.endswith("0.npy")
 
 
+def test_the_camera_sees_all_frames_of_a_clip(folder, tmp_path, monkeypatch):
+    given, clip = views(monkeypatch), tmp_path / "clip"
+    clip.mkdir()
+    for n, (_, luma) in enumerate(islice(saccade(np.asarray(Image.open(folder / "0.png"))), 6)):
+        Image.fromarray(luma.round().astype(np.uint8)).save(clip / f"{n}.png")
+    row = {"frames": "clip", "fps": 100, "question": "what?", "answer": "x"}
+    ask(
+        tmp_path, row, {**row, "frames": [f"clip/{n}.png" for n in range(6)]}, options=("--camera", "--min-pixels", 784)
+    )
+    (some, events, _), (every, same, _) = given
+    assert (len(some.frames), len(every.frames)) == (4, 6) and np.array_equal(events.t, same.t) and len(events) > 0
+
+
 def test_choices_become_a_part_of_the_question(folder, tmp_path, monkeypatch):
     asked, row = [], {"image": str(folder / "0.png"), "question": "what?"}
     monkeypatch.setattr(EPVLM, "tokens", lambda self, view, question, sampling: asked.append(question) or iter([0]))
@@ -523,6 +544,7 @@ FAULTS = [
     ({**FINE, "choices": ["x"]}, "1 choices: give 2 to 26"),
     ({**FINE, "choices": ["a", "b"]}, "answer x: give one of the choices, or its letter"),
     ({**FINE, "choices": ["x", "x"]}, "answer x: give one of the choices, or its letter"),
+    ({**FINE, "choices": ["B", "A"], "answer": "A"}, "answer A: give one of the choices, or its letter"),
     ({**FINE, "choices": "xy"}, "choices 'xy': give list"),
     ({**FINE, "events": "no.npy"}, "no.npy: cannot be read as events (no such file)"),
     ({**FINE, "events": True}, "events True: give str"),
@@ -531,6 +553,7 @@ FAULTS = [
     ({**FINE, "window": ["5 s", "x"]}, "'x' is not a time"),
     ({**FINE, "homography": [[1, 2]]}, "homography"),
     ({**FINE, "homography": "no.txt"}, "no.txt"),
+    ({**FINE, "homography": [[10**400, 0, 0], [0, 1, 0]]}, "too large"),
     ({**FINE, "group": ["a"]}, "group ['a']: give str or int"),
     ({**FINE, "question": "what? " * 5000}, "exceed the model's"),
     *(({**FINE, "image": None, **fields}, reason) for fields, reason in (
@@ -539,6 +562,7 @@ FAULTS = [
         ({"frames": ["0.png", "0.png"], "times": [1, 1]}, "2 frames, 2 times; give as many, and rising times"),
         ({"frames": ["0.png", "0.png"], "times": [1, "x"]}, "could not convert"),
         ({"frames": ["0.png", "0.png"], "fps": 0}, "fps 0: give 0.001"),
+        ({"frames": ["0.png", "0.png"], "fps": 10**400}, "too large"),
         ({"frames": [1, 2], "fps": 1}, "unsupported operand"),
         ({"frames": "0.png", "fps": 1}, "0.png: a still image"),
         ({"frames": "no"}, "no: cannot be read"),
@@ -570,6 +594,7 @@ def test_what_is_likely_a_mistake_is_warned_of(folder, tmp_path):
     assert sorted(done.stderr.splitlines()) == [f"evaluate: warning: {text}" for text in sorted((dark, unknown))]
     assert call("--data", data, "--output", tmp_path / "b", "--sparsity", 0).stderr.count("\n") == 1
     assert call("--data", data, "--output", tmp_path / "c", "--camera").stderr.count("\n") == 1
+    assert call("--data", data, "--output", tmp_path / "e", "--rule", "cover").stderr.count("\n") == 1
     Image.fromarray(np.full((56, 56), 40000, np.uint16)).save(tmp_path / "16.png")
     made = call("--data", jsonl(tmp_path / "b.jsonl", {**plain, "image": "16.png"}), "--output", tmp_path / "d").stdout
     assert "Asked with a warning:\n\n- b.jsonl:1: " in made and "16.png" in made
@@ -585,7 +610,7 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(folder, single, tmp_pa
     (tmp_path / "array.json").write_text(json.dumps([FINE], indent=2))
     data, output = folder / "questions.jsonl", tmp_path / "out"
     for arguments, words in (
-        (("--data", tmp_path / "broken.parquet"), "not a whole parquet file"),
+        (("--data", tmp_path / "broken.parquet"), "broken.parquet: cannot be read"),
         (("--data", tmp_path / "none.parquet"), "no rows in it"),
         (("--data", tmp_path / "empty"), "no .parquet file"),
         (("--data", tmp_path / "text.txt"), "no rows in it; give JSON Lines"),
@@ -594,7 +619,7 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(folder, single, tmp_pa
         (("--data", folder / "0.png"), "no rows in it"),
         (("--data", "no such/data/set"), "no such/data/set: neither here nor a dataset"),
         (("--output", tmp_path / "text.txt"), "text.txt"),
-        (("--output", single[1]), "has answers already"),
+        (("--output", single[1]), "made with model"),
         (("--sparsity", 0, 1), "must be in [0, 1)"),
         (("--threshold", 0), "threshold 0"),
         (("--radius", 99), "radius 99"),
@@ -606,6 +631,20 @@ def test_bad_input_is_one_line_before_the_model_is_loaded(folder, single, tmp_pa
         assert (done.returncode, done.stdout) == (2, ""), arguments
         assert words in done.stderr and done.stderr.startswith("evaluate: error: ") and done.stderr.count("\n") == 1
     assert good is None and not output.exists()
+
+
+def test_other_columns_of_parquet_may_hold_what_python_lacks(folder, tmp_path):
+    table = pyarrow.table([[(folder / "0.png").read_bytes()], ["q?"], ["a"]], COLUMNS)
+    table = table.append_column("stamp", pyarrow.array([1], pyarrow.timestamp("ns")))
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert ["answer" in record for record in ask(tmp_path, data="a.parquet")] == [True]
+
+
+def test_machines_with_other_rows_are_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "gathered", lambda records, world: [*records, {**records[0], "data": "other"}])
+    done = call("--data", folder / "questions.jsonl", "--output", tmp_path / "out")
+    assert done.returncode == 2 and "questions.jsonl: machines have other rows or settings" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_parquet_needs_pyarrow(folder, tmp_path, monkeypatch):
@@ -649,13 +688,11 @@ def test_processes_take_a_gpu_each(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
-    for device, own in ((None, "cuda:1"), ("cuda", "cuda:1"), ("cpu", "cpu")):
-        args = Namespace(device=device)
-        with common.processes(args) as place:
-            assert place == (5, 8) and args.device == own
-    assert started == ["gloo", "end"] * 3
-    with pytest.raises(ValueError, match="device cuda:0: among several"), common.processes(Namespace(device="cuda:0")):
-        pass
+    monkeypatch.setattr(torch.cuda, "set_device", started.append)
+    monkeypatch.setattr(common.atexit, "register", lambda end: end())
+    for device, own in ((None, [1]), ("cuda", [1]), ("cpu", []), ("cuda:0", [])):
+        assert common.process(device) == (5, 8) and started == [*own, "gloo", "end"]
+        started.clear()
 
 
 def test_progress_is_shown_on_a_terminal(folder, tmp_path):

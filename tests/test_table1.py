@@ -52,13 +52,6 @@ def test_costs_are_those_of_the_paper_to_the_digit_where_it_agrees_with_itself()
             groups = budget(1764, 1 - sparsity)
             everything = sum(vit.flops([4 * groups], groups) + llm.flops(groups + 62)) / 1e12
             assert row[5] == f"{everything:.2f}" and float(row[9]) == pytest.approx(everything / 2, abs=0.006)
-    misfits = [line for line in done.stdout.splitlines() if "its count gives" in line]
-    assert misfits == [
-        "- 2B at 0: the paper prints 7.4 T MACs, its count gives 7.33.",
-        "- 2B at 0.7: the paper prints 2.2 T MACs, its count gives 2.26.",
-        "- 7B at 0: the paper prints 31.1 T FLOPs, its count gives 34.88.",
-        "- 7B at 0: the paper prints 15.5 T MACs, its count gives 17.44.",
-    ]
     saved = [1 - float(found[name, 0.5][n]) / float(found[name, 0.0][n]) for name in ("2B", "7B") for n in (2, 5)]
     assert [round(100 * part) for part in saved] == [49, 59, 49, 55]  # as the README says
 
