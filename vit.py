@@ -92,7 +92,7 @@ def read_image(image: str | Path | BinaryIO | Image.Image) -> Image.Image:
         if image.mode.endswith(("A", "a")) or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # exif_transpose copied it
     except Exception as error:  # Pillow's readers raise errors of many kinds
         reason = " ".join(str(error).split())
         raise ValueError(f"{name}: cannot be read as an image ({reason}); give an 8-bit PNG or JPEG") from None
