@@ -20,7 +20,7 @@ Glossary
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -364,12 +364,17 @@ def _only(scene: Scene, thing: Thing, direction: tuple[int, int]) -> Thing | Non
     return clear[0] if len(clear) == 1 and not doubt else None
 
 
-def write(seed: int, image: Path, events: Path) -> None:
-    """Frame and events of a scene to files, its questions to standard output."""
-    if check_output(image) == check_output(events):
+def write(made: Scene, image: Path, events: Path) -> None:
+    """Frame and events of a scene to files, its questions to standard output. A clip is written as an animated WebP,
+    which loses nothing."""
+    if check_output(image, ".webp" if made.frames > 1 else "") == check_output(events):
         raise ValueError(f"{image}: named twice; give --image and --events names of their own")
-    made = scene(seed)
-    write_whole(image, lambda file: Image.fromarray(render(made)).save(file, "PNG"))
+    frames = list(film(made)) if made.frames > 1 else [render(made)]
+    if any(np.array_equal(*pair) for pair in pairwise(frames)):
+        raise ValueError("in this clip everything rests for a while, and WebP merges such frames; give another seed")
+    first, *others = map(Image.fromarray, frames)
+    animated = {"save_all": True, "append_images": others, "duration": PERIOD // 1000, "lossless": True, "method": 6}
+    write_whole(image, lambda file: first.save(file, "WEBP", **animated) if others else first.save(file, "PNG"))
     save_events(record(made), events)
     about = {True: "moving", False: "still", None: "moving and still, or nothing"}
     for question in questions(made):
@@ -379,10 +384,12 @@ def write(seed: int, image: Path, events: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("scenes", description="Writes a scene's frame and events, and prints its questions.")
     parser.add_argument("seed", type=int, help=f"of the scene; below {TRAIN} it is a held-out one")
+    parser.add_argument("--clip", action="store_true", help="several frames; --image is then a .webp")
     parser.add_argument("--image", type=Path, default=Path("scene.png"))
     parser.add_argument("--events", type=Path, default=Path("events.npy"))
     args = parser.parse_args(argv)
-    return exit_status("scenes", lambda: write(args.seed, args.image, args.events))
+    make = clip if args.clip else scene
+    return exit_status("scenes", lambda: write(make(args.seed), args.image, args.events))
 
 
 if __name__ == "__main__":
