@@ -80,20 +80,20 @@ class Sample:
 class ClipSample:
     """The same of a held-out clip."""
 
-    clip: Clip
+    image: Clip
     events: Events
     seed: int
     questions: list[scenes.Question]
 
     @property
     def cells(self) -> tuple[int, int, int]:
-        return self.clip.moments, self.clip.size[1] // 28, self.clip.size[0] // 28
+        return self.image.moments, self.image.size[1] // 28, self.image.size[0] // 28
 
     @cached_property
     def blocks(self) -> np.ndarray:
         """Pixels by cell, (T, 2, cells_h, cells_w, 28 * 28 * 3): the two frames of each moment."""
         T, rows, columns = self.cells
-        X_v = np.stack([self.clip.pixels(t, 28 * rows, 28 * columns).numpy() for t in range(T)]).astype(np.float32)
+        X_v = np.stack([self.image.pixels(t, 28 * rows, 28 * columns).numpy() for t in range(T)]).astype(np.float32)
         split = X_v.reshape(T, 2, rows, 28, columns, 28, 3).swapaxes(3, 4)
         return split.reshape(T, 2, rows, columns, -1)
 
@@ -227,25 +227,13 @@ def faulty(model: EPVLM, sample: Sample, sparsity: float, fault: Callable[[Sampl
     return by_events(model, sample, sparsity, fault(sample), **options)
 
 
-# The same for clips: of model, sample and sparsity
-
-
-def clip_dense(model: EPVLM, sample: ClipSample, sparsity: float) -> View:
-    return model.look(sample.clip)
-
-
-def clip_by_events(model: EPVLM, sample: ClipSample, sparsity: float, **options) -> View:
-    return model.look(sample.clip, sample.events, Options(sparsity, sensor=sample.clip.size, **options))
-
-
-def clip_cover_without_events(model: EPVLM, sample: ClipSample, sparsity: float) -> View:
-    return model.look(sample.clip, None, Options(sparsity, rule="cover"))
+# For clips; `dense`, `by_events` and `cover_without_events` serve them too
 
 
 def kept(model: EPVLM, sample: ClipSample, M: np.ndarray) -> View:
     """The view of a mask (T, cells_h, cells_w)."""
     keep, (before, _) = torch.from_numpy(M.repeat(2, 1).repeat(2, 2)), prompt_ids(model.tokenizer, "")
-    patches = packed_patches(sample.clip, keep, model.vit.config, model.image_config)
+    patches = packed_patches(sample.image, keep, model.vit.config, model.image_config)
     return View(patches, keep, torch.from_numpy(M), None, "", None, len(before), model.video_pad)
 
 
@@ -256,8 +244,8 @@ def clip_by(model: EPVLM, sample: ClipSample, sparsity: float, value: Callable) 
 
 def rates(sample: ClipSample) -> np.ndarray:
     """S of Eq. 5, for frames of whole cells, which are not resized."""
-    moments = sample.events.align(sample.clip.size).cut(sample.clip.edges)
-    return motion(np.stack([each.accumulate() for each in moments]), 28) / sample.clip.seconds
+    moments = sample.events.align(sample.image.size).cut(sample.image.edges)
+    return motion(np.stack([each.accumulate() for each in moments]), 28) / sample.image.seconds
 
 
 def each_moment(model: EPVLM, sample: ClipSample, sparsity: float) -> View:
@@ -291,16 +279,16 @@ def whole_moments(sample: ClipSample, tau: float) -> np.ndarray:
 
 def fewer_frames(model: EPVLM, sample: ClipSample, sparsity: float) -> View:
     """As with --frames: evenly chosen, with both ends."""
-    frames, times = sample.clip.frames, sample.clip.times
-    numbers = evenly(len(frames), 2 * round((1 - sparsity) * sample.clip.moments))
+    frames, times = sample.image.frames, sample.image.times
+    numbers = evenly(len(frames), 2 * round((1 - sparsity) * sample.image.moments))
     return model.look(Clip([frames[n] for n in numbers], times[numbers]))
 
 
 def smaller_frames(model: EPVLM, sample: ClipSample, sparsity: float) -> View:
     T, rows, columns = sample.cells
     height, width = shrunk(28 * rows, 28 * columns, budget(T * rows * columns, 1 - sparsity) // T)
-    frames = [frame.resize((width, height), Image.Resampling.BICUBIC) for frame in sample.clip.frames]
-    small = Clip(frames, sample.clip.times)
+    frames = [frame.resize((width, height), Image.Resampling.BICUBIC) for frame in sample.image.frames]
+    small = Clip(frames, sample.image.times)
     return model.look(small, options=Options(min_pixels=height * width, max_pixels=height * width))
 
 
@@ -323,13 +311,13 @@ SELECTORS: dict[str, Callable] = {  # of model, sample and sparsity; a rule of o
 }
 CLIP_SPARSITIES = (0.5, 0.75, 0.875)
 WITH_EVENTS: dict[str, Callable] = {
-    "Eq. 6 over the clip": clip_by_events,
+    "Eq. 6 over the clip": by_events,
     "Eq. 6 for each moment": each_moment,
     "first moment whole, then Eq. 6": partial(clip_by, value=lambda sample, tau: first_whole(rates(sample))),
-    "cover": partial(clip_by_events, rule="cover"),
+    "cover": partial(by_events, rule="cover"),
 }
 WITHOUT_EVENTS: dict[str, Callable] = {
-    "cover, without events": clip_cover_without_events,
+    "cover, without events": cover_without_events,
     "pixels, EVS": partial(clip_by, value=change),
     "pixels, RLT and DTD": partial(clip_by, value=runs),
     "whole moments": partial(clip_by, value=whole_moments),
@@ -566,7 +554,7 @@ def still_exhibit() -> Exhibit:
 
 
 def clip_exhibit() -> Exhibit:
-    rows = {(0, "dense"): clip_dense}
+    rows = {(0, "dense"): dense}
     pairs = product(CLIP_SPARSITIES, CLIP_SELECTORS.items())
     rows |= {(sparsity, name): choose for sparsity, (name, choose) in pairs if sparsity <= 0.75 or name not in WHOLE}
     return Exhibit(

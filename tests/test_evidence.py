@@ -107,7 +107,7 @@ def test_what_clips_are_chosen_by(model):
     """By hand: pixels of frames, events of windows."""
     for made in held_out_clips(2):
         T, rows, _ = made.cells
-        frames = [np.asarray(made.clip.frame(n)).astype(float) for n in range(len(made.clip.frames))]
+        frames = [np.asarray(made.image.frame(n)).astype(float) for n in range(len(made.image.frames))]
         frames += frames[-1:] * (2 * T - len(frames))
         t, row, column = 2, rows - 2, 1
         cell = np.s_[28 * row : 28 * row + 28, 28 * column : 28 * column + 28]
@@ -117,8 +117,8 @@ def test_what_clips_are_chosen_by(model):
         assert runs(made, 0.5)[t, row, column] == pytest.approx(np.abs(now[1] - before[0]).mean())
         for values in (change(made, 0.5), runs(made, 0.5)):
             assert values[0].min() > values[1:].max()
-        S = model.look(made.clip, made.events).S
-        assert np.allclose(rates(made) * made.clip.size[0] * made.clip.size[1], S)
+        S = model.look(made.image, made.events).S
+        assert np.allclose(rates(made) * made.image.size[0] * made.image.size[1], S)
         assert np.allclose(motion(rates(made), 1), rates(made))
 
 

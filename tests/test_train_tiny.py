@@ -124,7 +124,7 @@ def test_an_answer_scored_right_is_the_answer_given(model):
 
 def test_an_answer_about_a_clip_scored_right_is_the_answer_given(model):
     for made in held_out_clips(3):
-        view = model.look(made.clip, made.events, Options(0.5))
+        view = model.look(made.image, made.events, Options(0.5))
         for question, ok in zip(made.questions, answers(model, view, made.questions), strict=True):
             assert ok == ("".join(model.stream(view, question.text, Sampling(8))) == question.answer)
 
