@@ -37,7 +37,8 @@ from vit import Clip, ImageConfig, packed_patches
 from weights import Checkpoint, build, published
 
 QUESTIONS, CLIP_QUESTIONS = 8, 5  # of an image, of a clip
-WARM_UP, COOL_DOWN = 200, 0.3  # steps, and the last part of all steps: the learning rate rises, and falls to zero
+WARM_UP = 200  # steps: the learning rate rises
+COOL_DOWN, CLIP_COOL_DOWN = 0.3, 0.6  # the last part of all steps, without and with clips: it falls to zero
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ ALL, MOVING = tuple(scenes.SPELLS), ("way", "which", "what")
 CLIPS = [  # "nowhere" would be the likeliest answer as long as no direction is known, and hide it
     Stage((1, 1), {"clip way": 0.85}, 500, 6, 20, kinds=MOVING),
     Stage((2, 2), {"clip way": 0.85, "clip what": 0.85}, 500, 6, 20),
-    Stage((2, 2), {"clip way": 0.85, "clip what": 0.85}, 500, 6, 16, (4, 5), (3, 8), ALL),
+    Stage((2, 2), {"clip what": 0.85, "clip stop": 0.79}, 500, 6, 16, (4, 5), (3, 8), ALL),
     Stage((2, 3), {}, 500, 8, 16, scenes.CLIP_SIDES, (2, 8), ALL),
 ]
 NAMES = ["endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start",
@@ -259,6 +260,7 @@ class Training:
     def __init__(self, folder: Path, steps: int, rate: float, start: Path | None = None):
         self.folder, self.steps, self.rate = folder, steps, rate
         self.stages, self.first = (CLIPS, 2 * scenes.TRAIN) if start else (STILLS, scenes.TRAIN)
+        self.cool_down = steps * (CLIP_COOL_DOWN if start else COOL_DOWN)
         self.apart = max(max(stage.stills, stage.clips) for stage in self.stages)  # no seed is shown twice
         self.model = begin(folder / "model", start)
         self.weights = {name: tensor.clone() for name, tensor in published(self.model.vit, self.model.llm).items()}
@@ -313,9 +315,9 @@ class Training:
         for weight, parameter in zip(self.weights.values(), self.parameters, strict=True):
             weight.grad, parameter.grad = parameter.grad.float(), None
         torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
-        left = (self.steps - self.step) / self.steps
+        left = self.steps - self.step
         for optimiser in self.optimisers:
-            optimiser.param_groups[0]["lr"] = self.rate * min(1, (self.step + 1) / WARM_UP, left / COOL_DOWN)
+            optimiser.param_groups[0]["lr"] = self.rate * min(1, (self.step + 1) / WARM_UP, left / self.cool_down)
             optimiser.step()
         self.step += 1
         return sum(losses)
@@ -354,10 +356,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser("train_tiny", description="Trains the tiny Qwen2-VL on made-up scenes.")
     parser.add_argument("folder", type=Path, help="of the run; it goes on from what is there")
     parser.add_argument("--start", type=Path, help="a checkpoint that knows stills, to learn clips (default: none)")
-    parser.add_argument("--steps", type=int, help="in all (default: 9000 on stills, 3000 on clips)")
+    parser.add_argument("--steps", type=int, help="in all (default: 9000 on stills, 3200 on clips)")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate (default: %(default)s)")
     args = parser.parse_args(argv)
-    steps = args.steps or (3000 if args.start else 9000)
+    steps = args.steps or (3200 if args.start else 9000)
     return exit_status("train_tiny", lambda: train(args.folder, steps, args.rate, args.start))
 
 
