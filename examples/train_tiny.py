@@ -260,7 +260,7 @@ class Training:
     def __init__(self, folder: Path, steps: int, rate: float, start: Path | None = None):
         self.folder, self.steps, self.rate = folder, steps, rate
         self.stages, self.first = (CLIPS, 2 * scenes.TRAIN) if start else (STILLS, scenes.TRAIN)
-        self.cool_down = steps * (CLIP_COOL_DOWN if start else COOL_DOWN)
+        self.cool_down = CLIP_COOL_DOWN if start else COOL_DOWN
         self.apart = max(max(stage.stills, stage.clips) for stage in self.stages)  # no seed is shown twice
         self.model = begin(folder / "model", start)
         self.weights = {name: tensor.clone() for name, tensor in published(self.model.vit, self.model.llm).items()}
@@ -315,7 +315,7 @@ class Training:
         for weight, parameter in zip(self.weights.values(), self.parameters, strict=True):
             weight.grad, parameter.grad = parameter.grad.float(), None
         torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
-        left = self.steps - self.step
+        left = (self.steps - self.step) / self.steps
         for optimiser in self.optimisers:
             optimiser.param_groups[0]["lr"] = self.rate * min(1, (self.step + 1) / WARM_UP, left / self.cool_down)
             optimiser.step()
