@@ -1,17 +1,22 @@
 """Which patches to keep? Accuracy of the tiny Qwen2-VL on held-out scenes, by how the kept groups are chosen.
 
-    python examples/evidence.py                    2,000 questions and more, some minutes
+    python examples/evidence.py                    2,000 questions and more about stills, some minutes
+    python examples/evidence.py clips              the same about clips
     python examples/evidence.py --questions 200    fewer
 
 The tables go to standard output, as Markdown. The selectors keep the same number of groups of 28 x 28 pixels, with
 three exceptions: Eq. 6 as printed also keeps what ties, 14-pixel cells keep every group with a patch that is kept, and
-a smaller image has the largest grid of at most so many groups that stretches the image by at most 1.5.
+a smaller image has the largest grid of at most so many groups that stretches the image by at most 1.5. Of a clip, rules
+that keep the first moment whole cannot keep fewer tokens than that, and have no row there.
 
 Columns
     moving, still    correct answers of a hundred, to questions about moving and about still things, with the 95 %
                      interval (see `accuracy` in common.py)
     how many, all    the same, to questions that count, to which all things matter; and to all questions
     small, large     all questions about frames whose smaller side has four groups, and six or more
+    way, what        of clips: which way something moves; what moves, and its colour
+    stop and start   what stops halfway, or starts, while another thing moves too
+    moving, still    of clips: colours and shapes of moving things; all questions about still things, "nowhere" included
     tokens           visual tokens in the prompt, mean
     MFLOPs           up to the first token of the answer, attention included, mean
     ms               processor time of one question and its answer, one thread: mask, packing, model; median
@@ -26,7 +31,7 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 
@@ -38,11 +43,12 @@ from torch import Tensor
 import scenes
 from camera import CameraOptions
 from common import TINY, Parser, accuracy, difference, exit_status
-from epvlm import EPVLM, Options, View
-from events import GREY, EventMap, Events, budget, budget_mask, cover_mask, novelty, worth
+from epvlm import EPVLM, Options, View, evenly
+from events import GREY, EventMap, Events, budget, budget_mask, cover_mask, motion, novelty, worth
+from llm import prompt_ids
 from rope2d import group_order, pack, rotate
 from train_tiny import score
-from vit import Attention
+from vit import Attention, Clip, packed_patches
 
 SPARSITIES = (0.3, 0.5, 0.7, 0.9)
 QUESTIONS = 8  # of a scene, at most
@@ -68,6 +74,28 @@ class Sample:
     def budget(self, sparsity: float) -> int:
         """Groups that Eq. 6 keeps when nothing ties."""
         return budget(self.image.height // 28 * (self.image.width // 28), 1 - sparsity)
+
+
+@dataclass(frozen=True, eq=False)
+class ClipSample:
+    """The same of a held-out clip."""
+
+    image: Clip
+    events: Events
+    seed: int
+    questions: list[scenes.Question]
+
+    @property
+    def cells(self) -> tuple[int, int, int]:
+        return self.image.moments, self.image.size[1] // 28, self.image.size[0] // 28
+
+    @cached_property
+    def blocks(self) -> np.ndarray:
+        """Pixels by cell, (T, 2, cells_h, cells_w, 28 * 28 * 3): the two frames of each moment."""
+        T, rows, columns = self.cells
+        X_v = np.stack([self.image.pixels(t, 28 * rows, 28 * columns).numpy() for t in range(T)]).astype(np.float32)
+        split = X_v.reshape(T, 2, rows, 28, columns, 28, 3).swapaxes(3, 4)
+        return split.reshape(T, 2, rows, columns, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,6 +227,71 @@ def faulty(model: EPVLM, sample: Sample, sparsity: float, fault: Callable[[Sampl
     return by_events(model, sample, sparsity, fault(sample), **options)
 
 
+# For clips; `dense`, `by_events` and `cover_without_events` serve them too
+
+
+def kept(model: EPVLM, sample: ClipSample, M: np.ndarray) -> View:
+    """The view of a mask (T, cells_h, cells_w)."""
+    keep, (before, _) = torch.from_numpy(M.repeat(2, 1).repeat(2, 2)), prompt_ids(model.tokenizer, "")
+    patches = packed_patches(sample.image, keep, model.vit.config, model.image_config)
+    return View(patches, keep, torch.from_numpy(M), None, "", None, len(before), model.video_pad)
+
+
+def clip_by(model: EPVLM, sample: ClipSample, sparsity: float, value: Callable) -> View:
+    """By any numbers (T, cells_h, cells_w) in the place of S."""
+    return kept(model, sample, budget_mask(value(sample, 1 - sparsity), 1 - sparsity))
+
+
+def rates(sample: ClipSample) -> np.ndarray:
+    """S of Eq. 5, for frames of whole cells, which are not resized."""
+    moments = sample.events.align(sample.image.size).cut(sample.image.edges)
+    return motion(np.stack([each.accumulate() for each in moments]), 28) / sample.image.seconds
+
+
+def each_moment(model: EPVLM, sample: ClipSample, sparsity: float) -> View:
+    return kept(model, sample, np.concatenate([budget_mask(S_t[None], 1 - sparsity) for S_t in rates(sample)]))
+
+
+def first_whole(values: np.ndarray) -> np.ndarray:
+    values[0] = np.inf
+    return values
+
+
+def change(sample: ClipSample, tau: float) -> np.ndarray:
+    """EVS (arXiv 2510.14624): L1 change of a cell's pixels from the moment before; the first moment is whole."""
+    changed = np.abs(np.diff(sample.blocks, axis=0, prepend=0)).sum(axis=(1, 4))
+    return first_whole(changed)
+
+
+def runs(sample: ClipSample, tau: float) -> np.ndarray:
+    """RLT (arXiv 2411.05222), DTD of TimeChat-Online (arXiv 2504.17343): mean difference of a moment's last frame and
+    the first one of the moment before; they have a threshold in the place of our budget."""
+    values = np.full(sample.cells, np.inf)
+    values[1:] = np.abs(sample.blocks[1:, 1] - sample.blocks[:-1, 0]).mean(axis=3)
+    return values
+
+
+def whole_moments(sample: ClipSample, tau: float) -> np.ndarray:
+    values = np.zeros(sample.cells)
+    values[evenly(len(values), max(1, round(tau * len(values))))] = 1
+    return values
+
+
+def fewer_frames(model: EPVLM, sample: ClipSample, sparsity: float) -> View:
+    """As with --frames: evenly chosen, with both ends."""
+    frames, times = sample.image.frames, sample.image.times
+    numbers = evenly(len(frames), 2 * round((1 - sparsity) * sample.image.moments))
+    return model.look(Clip([frames[n] for n in numbers], times[numbers]))
+
+
+def smaller_frames(model: EPVLM, sample: ClipSample, sparsity: float) -> View:
+    T, rows, columns = sample.cells
+    height, width = shrunk(28 * rows, 28 * columns, budget(T * rows * columns, 1 - sparsity) // T)
+    frames = [frame.resize((width, height), Image.Resampling.BICUBIC) for frame in sample.image.frames]
+    small = Clip(frames, sample.image.times)
+    return model.look(small, options=Options(min_pixels=height * width, max_pixels=height * width))
+
+
 SELECTORS: dict[str, Callable] = {  # of model, sample and sparsity; a rule of one's own goes here
     "Eq. 6, ties broken": by_events,
     "Eq. 6, as printed": partial(by_events, rule="literal"),
@@ -216,6 +309,25 @@ SELECTORS: dict[str, Callable] = {  # of model, sample and sparsity; a rule of o
     "random": by_chance,
     "smaller image, dense": smaller,
 }
+CLIP_SPARSITIES = (0.5, 0.75, 0.875)
+WITH_EVENTS: dict[str, Callable] = {
+    "Eq. 6 over the clip": by_events,
+    "Eq. 6 for each moment": each_moment,
+    "first moment whole, then Eq. 6": partial(clip_by, value=lambda sample, tau: first_whole(rates(sample))),
+    "cover": partial(by_events, rule="cover"),
+}
+WITHOUT_EVENTS: dict[str, Callable] = {
+    "cover, without events": cover_without_events,
+    "pixels, EVS": partial(clip_by, value=change),
+    "pixels, RLT and DTD": partial(clip_by, value=runs),
+    "whole moments": partial(clip_by, value=whole_moments),
+    "fewer frames, dense": fewer_frames,
+    "smaller frames, dense": smaller_frames,
+    "evenly spread": partial(clip_by, value=lambda sample, tau: np.ones(sample.cells)),
+    "random": partial(clip_by, value=lambda sample, tau: np.random.default_rng((sample.seed, 1)).random(sample.cells)),
+}
+CLIP_SELECTORS = WITH_EVENTS | WITHOUT_EVENTS
+WHOLE = ("first moment whole, then Eq. 6", "pixels, EVS", "whole moments", "fewer frames, dense")  # not below a moment
 FAULTS: dict[str, dict] = {  # of the recording; the arguments of `faulty`
     "noisy camera": {"fault": lambda sample: sample.noisy},
     f"{HOT} hot pixels": {"fault": hot},
@@ -254,6 +366,14 @@ FRAMES: dict[str, Callable[[Sample], bool]] = {  # all questions about some of t
     "small": lambda sample: min(sample.shape) // 28 == 4,
     "large": lambda sample: min(sample.shape) // 28 >= 6,
 }
+CLIP_COLUMNS: dict[str, Callable[[scenes.Question], bool]] = {
+    "way": lambda question: question.kind in ("way", "which"),
+    "what": lambda question: question.kind == "what",
+    "stop and start": lambda question: question.kind in ("stop", "start"),
+    "moving": lambda question: question.kind in ("colour", "shape") and question.moving,
+    "still": lambda question: not question.moving,
+    "all": lambda question: True,
+}
 
 
 def chosen(scene: scenes.Scene, seed: int) -> list[scenes.Question]:
@@ -275,6 +395,23 @@ def samples(count: int) -> Iterator[Sample]:
             return
 
 
+def clip_chosen(clip: scenes.Scene, seed: int) -> list[scenes.Question]:
+    """Questions of a clip that are about what moves or about what stands still; none counts."""
+    fit = [question for question in scenes.questions(clip) if question.kind != "count"]
+    return scenes.choose(fit, QUESTIONS, seed, scenes.CLIP_KINDS)
+
+
+def clip_samples(count: int, first: int = 0) -> Iterator[ClipSample]:
+    """Held-out clips of four moments, from a seed on, until they have `count` questions or more."""
+    asked = 0
+    for seed in range(first, scenes.TRAIN):
+        clip = scenes.clip(seed, frames=(7, 8))
+        yield ClipSample(scenes.shown(clip), scenes.record(clip), seed, clip_chosen(clip, seed))
+        asked += len(clip_chosen(clip, seed))
+        if asked >= count:
+            return
+
+
 @torch.inference_mode()
 def answers(model: EPVLM, view: View, questions: list[scenes.Question]) -> list[bool]:
     """Whether each of the questions about a view is answered correctly."""
@@ -282,28 +419,28 @@ def answers(model: EPVLM, view: View, questions: list[scenes.Question]) -> list[
     return score(model, H_v, view.groups, questions)[1].tolist()
 
 
-def examine(model: EPVLM, choose: Callable, sample: Sample, sparsity: float, tally: Tally) -> list[bool]:
+def examine(model: EPVLM, choose: Callable, sample, sparsity: float, tally: Tally) -> list[bool]:
     """Asks all the questions of a sample, once its groups are chosen; returns which answers are right."""
-    view = choose(model, sample, sparsity)
+    view, still = choose(model, sample, sparsity), isinstance(sample, Sample)
     right = answers(model, view, sample.questions)
-    for name, belongs in COLUMNS.items():
+    for name, belongs in (COLUMNS if still else CLIP_COLUMNS).items():
         known = [ok for question, ok in zip(sample.questions, right, strict=True) if belongs(question)]
         tally.right[name].append((sum(known), len(known)))
-    for name, belongs in FRAMES.items():
+    for name, belongs in FRAMES.items() if still else ():
         tally.right[name].append((sum(right), len(right)) if belongs(sample) else (0, 0))
     tally.flops.append(model.flops(view, sample.questions[0].text)[0])
     tally.tokens.append(view.tokens)
     return right
 
 
-def clock(model: EPVLM, choose: Callable, sample: Sample, sparsity: float) -> float:
+def clock(model: EPVLM, choose: Callable, sample, sparsity: float) -> float:
     """Processor seconds from image and events to one answer, read in one pass."""
     start = time.process_time()
     answers(model, choose(model, sample, sparsity), sample.questions[:1])
     return time.process_time() - start
 
 
-def guesses(questions: list[scenes.Question], seen: list[scenes.Question]) -> list[str]:
+def guesses(questions: list[scenes.Question], seen: list[scenes.Question], columns=COLUMNS) -> list[str]:
     """By column, correct answers of a hundred for a guess: each form of question gets its most frequent answer in
     `seen`."""
 
@@ -316,7 +453,7 @@ def guesses(questions: list[scenes.Question], seen: list[scenes.Question]) -> li
     for question in seen:
         given[form(question)][question.answer] += 1
     shares = []
-    for belongs in COLUMNS.values():
+    for belongs in columns.values():
         right = [given[form(q)].most_common(1)[0][0] == q.answer for q in questions if belongs(q)]
         shares.append(f"{100 * np.mean(right):.1f}" if right else "none asked")
     return shares
@@ -356,6 +493,33 @@ def tables(tallies: dict[tuple, Tally], guessed: list[str]) -> Iterator[str]:
     yield f"Tokens / MFLOPs / ms by sparsity; dense {cost(whole)}:\n\n" + markdown(head, rows)
 
 
+def clip_tables(tallies: dict[tuple, Tally], guessed: list[str]) -> Iterator[str]:
+    """Right answers and costs by sparsity; how the rules by events differ from the best one without."""
+    whole = tallies[0, "dense"]
+    rows = [["dense", *(accuracy(whole.right[which]) for which in CLIP_COLUMNS), cost(whole)]]
+    head = ["tokens chosen by", *CLIP_COLUMNS, "tokens / MFLOPs / ms"]
+    yield "Right answers with nothing dropped, and without a clip:\n\n" + markdown(
+        head, [*rows, ["guessing", *guessed, ""]]
+    )
+    for sparsity in CLIP_SPARSITIES:
+        rows = [
+            [name, *(accuracy(tally.right[which]) for which in CLIP_COLUMNS), cost(tally)]
+            for name in CLIP_SELECTORS
+            if (tally := tallies.get((sparsity, name)))
+        ]
+        yield f"Right answers at {1 - sparsity:.1%} of the tokens:\n\n" + markdown(head, rows)
+    rows = []
+    for sparsity in CLIP_SPARSITIES:
+        plain = {name: tallies[sparsity, name] for name in WITHOUT_EVENTS if (sparsity, name) in tallies}
+        best = max(plain, key=lambda name: sum(right for right, _ in plain[name].right["all"]))
+        for name in WITH_EVENTS:
+            if ours := tallies.get((sparsity, name)):
+                pairs = ((ours.right[which], plain[best].right[which]) for which in CLIP_COLUMNS)
+                rows.append([f"{1 - sparsity:.1%}", name, best, *(difference(*pair) for pair in pairs)])
+    head = ["tokens", "rule", "best rule without events", *CLIP_COLUMNS]
+    yield "Points that rules by events are ahead of the best rule without:\n\n" + markdown(head, rows)
+
+
 def cost(tally: Tally) -> str:
     seconds = 1e3 * np.median(tally.seconds)
     return f"{np.mean(tally.tokens):.1f} / {np.mean(tally.flops) / 1e6:.0f} / {seconds:.1f}"
@@ -363,23 +527,49 @@ def cost(tally: Tally) -> str:
 
 def kinds(questions: list[scenes.Question], right: list[bool]) -> str:
     """Right and asked of each kind of question, in words."""
+    order = dict.fromkeys((*scenes.KINDS, *scenes.CLIP_KINDS))
     asked = Counter(question.kind for question in questions)
     known = Counter(question.kind for question, ok in zip(questions, right, strict=True) if ok)
-    shares = ", ".join(f"{kind} {known[kind]} of {asked[kind]}" for kind in scenes.KINDS)
+    shares = ", ".join(f"{kind} {known[kind]} of {asked[kind]}" for kind in order if asked[kind])
     return f"{sum(right)} of {len(right)} ({100 * np.mean(right):.1f} %): {shares}"
 
 
-def run(count: int, checkpoint: str | Path) -> None:
+@dataclass
+class Exhibit:
+    """What is asked about, and how the groups are chosen."""
+
+    rows: dict[tuple, Callable]  # (sparsity, name): of model, sample and sparsity
+    samples: Callable[[int], Iterator]
+    what: str
+    seen: Callable[[int], list[scenes.Question]]  # questions of a training seed
+    columns: dict
+    tables: Callable[[dict, list[str]], Iterator[str]]
+
+
+def still_exhibit() -> Exhibit:
+    rows = {(0, "dense"): dense}
+    rows |= {(sparsity, name): choose for sparsity in SPARSITIES for name, choose in SELECTORS.items()}
+    rows |= {(sparsity, fault): choose for sparsity in SPARSITIES[1:] for fault, choose in FAULTY.items()}
+    return Exhibit(rows, samples, "scenes", lambda seed: chosen(scenes.scene(seed), seed), COLUMNS, tables)
+
+
+def clip_exhibit() -> Exhibit:
+    rows = {(0, "dense"): dense}
+    pairs = product(CLIP_SPARSITIES, CLIP_SELECTORS.items())
+    rows |= {(sparsity, name): choose for sparsity, (name, choose) in pairs if sparsity <= 0.75 or name not in WHOLE}
+    return Exhibit(
+        rows, clip_samples, "clips", lambda seed: clip_chosen(scenes.clip(seed), seed), CLIP_COLUMNS, clip_tables
+    )
+
+
+def run(exhibit: Exhibit, count: int, checkpoint: str | Path) -> None:
     if count < 1:
         raise ValueError(f"questions {count}: give 1 or more")
     torch.set_num_threads(1)
     model = EPVLM.from_pretrained(checkpoint, device="cpu")
-    rows = {(0, "dense"): dense}
-    rows |= {(sparsity, name): choose for sparsity in SPARSITIES for name, choose in SELECTORS.items()}
-    rows |= {(sparsity, fault): choose for sparsity in SPARSITIES[1:] for fault, choose in FAULTY.items()}
-    tallies, questions, right = {row: Tally() for row in rows}, [], []
-    for number, sample in enumerate(samples(count), 1):
-        for (sparsity, name), choose in rows.items():
+    tallies, questions, right = {row: Tally() for row in exhibit.rows}, [], []
+    for number, sample in enumerate(exhibit.samples(count), 1):
+        for (sparsity, name), choose in exhibit.rows.items():
             with warnings.catch_warnings(action="ignore"):  # of hot pixels
                 known = examine(model, choose, sample, sparsity, tallies[sparsity, name])
                 if sparsity == 0:
@@ -389,21 +579,26 @@ def run(count: int, checkpoint: str | Path) -> None:
         questions += sample.questions
         if sys.stderr.isatty():
             bar = "#" * min(40, 40 * len(questions) // count)
-            print(f"\r[{bar:40}] {len(questions)} questions, {number} scenes", end="\r", file=sys.stderr, flush=True)
+            told = f"{len(questions)} questions, {number} {exhibit.what}"
+            print(f"\r[{bar:40}] {told}", end="\r", file=sys.stderr, flush=True)
     if sys.stderr.isatty():
         print("\033[K", end="", file=sys.stderr)
-    asked = ", ".join(f"{sum(map(belongs, questions))} {name}" for name, belongs in COLUMNS.items())
-    print(f"Questions about {number} held-out scenes: {asked}.\nDense, right: {kinds(questions, right)}.")
-    seen = [q for seed in range(scenes.TRAIN, scenes.TRAIN + 500) for q in chosen(scenes.scene(seed), seed)]
-    print(*("", *tables(tallies, guesses(questions, seen))), sep="\n\n")
+    asked = ", ".join(f"{sum(map(belongs, questions))} {name}" for name, belongs in exhibit.columns.items())
+    print(f"Questions about {number} held-out {exhibit.what}: {asked}.\nDense, right: {kinds(questions, right)}.")
+    seen = [question for seed in range(scenes.TRAIN, scenes.TRAIN + 500) for question in exhibit.seen(seed)]
+    print(*("", *exhibit.tables(tallies, guesses(questions, seen, exhibit.columns))), sep="\n\n")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("evidence", description="Accuracy by how the kept groups are chosen, as Markdown tables.")
+    parser.add_argument(
+        "about", nargs="?", choices=("stills", "clips"), default="stills", help="(default: %(default)s)"
+    )
     parser.add_argument("--questions", type=int, default=2000, help="at least so many (default: %(default)s)")
     parser.add_argument("--model", default=TINY, help="a checkpoint trained on the scenes (default: examples/tiny)")
     args = parser.parse_args(argv)
-    return exit_status("evidence", lambda: run(args.questions, args.model))
+    exhibit = clip_exhibit() if args.about == "clips" else still_exhibit()
+    return exit_status("evidence", lambda: run(exhibit, args.questions, args.model))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,26 @@
 """Scenes made up from a seed: things of a colour and a shape before a textured background, some moving, some still.
 
 Each scene gives an RGB frame, the events an ideal camera records while the moving things move, and questions with short
-answers. Training scenes have the seeds from TRAIN on, held-out scenes those below.
+answers. A clip is a scene with several frames, and asks what moves where, what stops and what starts. Training scenes
+have the seeds from TRAIN on, held-out scenes those below.
 
     python examples/scenes.py 7 --image scene.png --events events.npy
+    python examples/scenes.py 7 --clip --image clip.webp --events clip.npy
 
-writes held-out scene 7 and prints its questions.
+write held-out scene 7, or clip 7 as an animated image, and print its questions.
 
 Glossary
     thing            a circle, square, triangle or cross; x, y its centre, size its width, all in pixels of the frame
-    frame            time 0 is the frame that is shown; the motion before it (times -1 to 0) makes the events
+    frame            time 0 is the frame that is shown; the motion before it (times -1 to 0) makes the events; the
+                     frames of a clip are evenly spread from -1 to 0
+    spell            from when to when a thing moves: in a clip all the time, or it stops halfway, or starts halfway
     moving           of a question: True if all the things it needs move, False if all stand still, else None
 """
 
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +29,7 @@ from PIL import Image
 from camera import IDEAL, CameraOptions, camera
 from common import Parser, check_output, exit_status, save_events, write_whole
 from events import Events
+from vit import Clip
 
 TRAIN = 1_000_000  # the first seed of a training scene
 COLOURS = {
@@ -38,6 +44,11 @@ SHAPES = ("circle", "square", "triangle", "cross")
 THINGS = (2, 4)  # in a scene
 SIDES = (4, 8)  # the frame's smallest and largest side, in groups of 28 pixels
 KINDS = ("colour", "shape", "place", "count", "relation")
+CLIP_KINDS = ("way", "nowhere", "which", "what", "still", "stop", "start", "colour", "shape", "count")
+CLIP_THINGS, CLIP_SIDES, FRAMES = (2, 3), (4, 6), (4, 8)  # of a clip, least and most
+SPELLS = {"go": (-1.0, 0.0), "stop": (-1.0, -0.5), "start": (-0.5, 0.0)}
+PERIOD = 40_000  # microseconds between two frames of a clip
+WAYS = ("right", "down", "left", "up")  # by quarter turns from the x axis
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
 
@@ -50,6 +61,19 @@ class Thing:
     size: float
     velocity: tuple[float, float]  # pixels from time -1 to 0; (0, 0) stands still
     texture: int  # seed
+    spell: tuple[float, float] = SPELLS["go"]
+
+    def place(self, time: float) -> tuple[float, float]:
+        """Its centre at a time from -1 to 0."""
+        start, end = self.spell
+        past = min(max(time, start), end) - end
+        return self.x + self.velocity[0] * past, self.y + self.velocity[1] * past
+
+    @property
+    def way(self) -> str:
+        """Which way it moves, by the nearest axis."""
+        turns = round(2 * np.arctan2(self.velocity[1], self.velocity[0]) / np.pi)
+        return WAYS[turns % 4] if self.moves else "nowhere"
 
     @property
     def moves(self) -> bool:
@@ -64,7 +88,7 @@ class Thing:
 class Question:
     text: str
     answer: str
-    kind: str  # colour, shape, place, count or relation
+    kind: str  # one of KINDS, of a clip one of CLIP_KINDS
     moving: bool | None
 
 
@@ -74,6 +98,7 @@ class Scene:
     width: int
     things: tuple[Thing, ...]
     texture: int  # seed
+    frames: int = 1
 
     @property
     def size(self) -> tuple[int, int]:
@@ -116,6 +141,53 @@ def _places(rng, height: int, width: int, count: int) -> list[tuple[float, float
     return []
 
 
+def clip(seed: int, things=CLIP_THINGS, frames=FRAMES, spells=tuple(SPELLS), size=None) -> Scene:
+    """The clip of a seed: a scene with several frames, in which one or two things move, each with another of the
+    `spells` if there are so many, and of three things at least one stands still.
+
+    things, frames: the least and the most; size: as in `scene`."""
+    if seed < 0:
+        raise ValueError(f"seed {seed}: give 0 or more")
+    rng = np.random.default_rng((seed, 1))
+    height, width = size or (28 * int(side) for side in rng.integers(CLIP_SIDES[0], CLIP_SIDES[1] + 1, 2))
+    paths: list[dict] = []
+    while not paths:  # until the things have found room
+        count = int(rng.integers(things[0], things[1] + 1))
+        movers = int(rng.integers(1, min(count, 2) + 1))
+        chosen = rng.choice(spells, movers, replace=len(spells) < movers)
+        paths = _paths(rng, height, width, [*chosen, *[None] * (count - movers)])
+    names = _names(rng, len(paths))
+    made = [Thing(shape, colour, texture=int(rng.integers(2**31)), **path)
+            for path, (colour, shape) in zip(paths, names, strict=True)]  # fmt: skip
+    made = [made[k] for k in rng.permutation(len(made))]
+    return Scene(height, width, tuple(made), int(rng.integers(2**31)), int(rng.integers(frames[0], frames[1] + 1)))
+
+
+def _paths(rng, height: int, width: int, spells: list[str | None]) -> list[dict]:
+    """Places and motions of things, a spell for each, None for one that stands still. They never touch, not even the
+    place where another was; none if some find no room."""
+    made: list[dict] = []
+    boxes: list[tuple[float, ...]] = []  # what each sweeps over: left, top, right, bottom
+    for _ in range(60):
+        spell, short = spells[len(made)], min(height, width)
+        size, (start, end) = rng.uniform(0.28, 0.38) * short, SPELLS[spell or "go"]
+        angle = np.pi / 2 * rng.integers(4) + np.radians(rng.uniform(-20, 20))
+        speed = rng.uniform(0.25, 0.5) * short if spell else 0
+        velocity = (float(speed * np.cos(angle)), float(speed * np.sin(angle))) if spell else (0, 0)
+        across, down = (part * (end - start) for part in velocity)  # it ends at x, y, and begins so far before
+        margin = size / 2 + 2
+        x = rng.uniform(margin + max(across, 0), width - margin + min(across, 0))
+        y = rng.uniform(margin + max(down, 0), height - margin + min(down, 0))
+        box = (min(x, x - across) - margin, min(y, y - down) - margin,
+               max(x, x - across) + margin, max(y, y - down) + margin)  # fmt: skip
+        if all(box[2] < b[0] or b[2] < box[0] or box[3] < b[1] or b[3] < box[1] for b in boxes):
+            boxes.append(box)
+            made.append({"x": x, "y": y, "size": size, "velocity": velocity, "spell": (start, end)})
+        if len(made) == len(spells):
+            return made
+    return []
+
+
 def _names(rng, count: int) -> list[tuple[str, str]]:
     """Colour and shape of each thing: no pair twice, but a colour or a shape alone is often shared."""
     names: list[tuple[str, str]] = []
@@ -131,17 +203,34 @@ def _names(rng, count: int) -> list[tuple[str, str]]:
 
 def render(scene: Scene, time: float = 0.0) -> np.ndarray:
     """The scene at a time from -1 to 0, (height, width, 3) uint8."""
+    return next(film(scene, (time,)))
+
+
+def film(scene: Scene, times: Iterable[float] | None = None) -> Iterator[np.ndarray]:
+    """The scene at several times, of a clip those of its frames unless given."""
     rng = np.random.default_rng(scene.texture)
     base, tint = rng.uniform(50, 110), rng.uniform(-8, 8, 3)
-    image = base + tint + 30 * _noise(rng, scene.height, scene.width, 12)[:, :, None]
-    for thing in scene.things:
-        _draw(image, thing, time)
-    return np.clip(image + 0.5, 0, 255).astype(np.uint8)
+    ground = base + tint + 30 * _noise(rng, scene.height, scene.width, 12)[:, :, None]
+    for time in np.linspace(-1, 0, scene.frames) if times is None else times:
+        image = ground.copy()
+        for thing in scene.things:
+            _draw(image, thing, time)
+        yield np.clip(image + 0.5, 0, 255).astype(np.uint8)
+
+
+def shown(scene: Scene) -> Clip:
+    """A clip as the program takes it: its frames, and their times on the clock of `record`."""
+    return Clip([Image.fromarray(frame) for frame in film(scene)], PERIOD * np.arange(scene.frames))
 
 
 def record(scene: Scene, options: CameraOptions = IDEAL) -> Events:
-    """The events of the motion that ends in the shown frame: nine frames in 40 ms."""
-    return camera(((40_000 * k / 8, render(scene, k / 8 - 1)) for k in range(9)), options)
+    """The events of the motion that ends in the shown frame: nine frames in 40 ms; of a clip, those from its first
+    frame to its last, by steps of a pixel at most."""
+    steps, length = 8, PERIOD * max(1, scene.frames - 1)
+    if scene.frames > 1:
+        steps = int(max(8, *(np.ceil(np.hypot(*thing.velocity)) for thing in scene.things)))
+    times = (k / steps - 1 for k in range(steps + 1))
+    return camera(zip((length * k / steps for k in range(steps + 1)), film(scene, times), strict=True), options)
 
 
 def _noise(rng, height: int, width: int, cell: float) -> np.ndarray:
@@ -156,7 +245,7 @@ def _draw(image: np.ndarray, thing: Thing, time: float) -> None:
     reach = int(thing.size / 2 + 3)
     lumps = 1 + 0.2 * _noise(rng, 2 * reach + 8, 2 * reach + 8, 7)
     shade = np.array(COLOURS[thing.colour]) * rng.uniform(0.85, 1.15)
-    x, y = thing.x + thing.velocity[0] * time, thing.y + thing.velocity[1] * time
+    x, y = thing.place(time)
     top, left = max(0, int(y) - reach), max(0, int(x) - reach)
     window = image[top : int(y) + reach + 1, left : int(x) + reach + 1]
     rows, columns = np.indices(window.shape[:2])
@@ -201,6 +290,8 @@ def questions(scene: Scene) -> list[Question]:
     for colour in COLOURS:
         alike = [thing for thing in scene.things if thing.colour == colour]
         ask("count", f"how many things are {colour}?", str(len(alike)), *alike)
+    if scene.frames > 1:
+        _ask_of_time(scene, ask)
     for thing in scene.things:
         by_shape = sum(other.shape == thing.shape for other in scene.things) == 1
         by_colour = sum(other.colour == thing.colour for other in scene.things) == 1
@@ -208,6 +299,8 @@ def questions(scene: Scene) -> list[Question]:
             ask("colour", f"what colour is the {thing.shape}?", thing.colour, thing)
         if by_colour:
             ask("shape", f"what shape is the {thing.colour} thing?", thing.shape, thing)
+        if scene.frames > 1:
+            continue  # in a clip, places are those of some time
         for name in (thing.name, *[thing.shape] * by_shape, *[f"{thing.colour} thing"] * by_colour):
             for text, low, high, place in (
                 ("left or right", "left", "right", thing.x / scene.width),
@@ -222,11 +315,29 @@ def questions(scene: Scene) -> list[Question]:
     return found
 
 
-def choose(everything: list[Question], limit: int, seed: int = 0) -> list[Question]:
-    """Up to `limit` of a scene's questions: kinds in turn, and of a kind its answers in turn, so that none is rare."""
+def _ask_of_time(scene: Scene, ask: Callable) -> None:
+    """The questions that need several frames."""
+    movers, still = ([thing for thing in scene.things if thing.moves == moves] for moves in (True, False))
+    for thing in scene.things:
+        ask("way" if thing.moves else "nowhere", f"which way does the {thing.name} move?", thing.way, thing)
+    if len(movers) == 1:
+        ask("which", "which way does the thing that moves move?", movers[0].way, movers[0])
+        ask("what", "what moves?", movers[0].name, movers[0])
+        ask("what", "what colour is the thing that moves?", movers[0].colour, movers[0])
+    if len(still) == 1:
+        ask("still", "what stands still?", still[0].name, still[0])
+    for kind in ("stop", "start"):
+        found = [thing for thing in movers if thing.spell == SPELLS[kind]]
+        if len(found) == 1 < len(movers) and scene.frames > 3:  # else what moves at all would tell it
+            ask(kind, f"what {kind}s?", found[0].name, found[0])
+
+
+def choose(everything: list[Question], limit: int, seed: int = 0, order=KINDS) -> list[Question]:
+    """Up to `limit` of a scene's questions: kinds in turn, and of a kind its answers in turn, so that none is rare.
+    order: the kinds, CLIP_KINDS for a clip."""
     rng = np.random.default_rng(seed)
     shuffled = [everything[k] for k in rng.permutation(len(everything))]
-    kinds: dict[str, list[Question]] = {str(kind): [] for kind in rng.permutation(KINDS)}
+    kinds: dict[str, list[Question]] = {str(kind): [] for kind in rng.permutation(order)}
     for kind in kinds:
         answers: dict[str, list[Question]] = {}
         for question in shuffled:
@@ -253,12 +364,17 @@ def _only(scene: Scene, thing: Thing, direction: tuple[int, int]) -> Thing | Non
     return clear[0] if len(clear) == 1 and not doubt else None
 
 
-def write(seed: int, image: Path, events: Path) -> None:
-    """Frame and events of a scene to files, its questions to standard output."""
-    if check_output(image) == check_output(events):
+def write(made: Scene, image: Path, events: Path) -> None:
+    """Frame and events of a scene to files, its questions to standard output. A clip is written as an animated WebP,
+    which loses nothing."""
+    if check_output(image, ".webp" if made.frames > 1 else "") == check_output(events):
         raise ValueError(f"{image}: named twice; give --image and --events names of their own")
-    made = scene(seed)
-    write_whole(image, lambda file: Image.fromarray(render(made)).save(file, "PNG"))
+    frames = list(film(made)) if made.frames > 1 else [render(made)]
+    if any(np.array_equal(*pair) for pair in pairwise(frames)):
+        raise ValueError("in this clip everything rests for a while, and WebP merges such frames; give another seed")
+    first, *others = map(Image.fromarray, frames)
+    animated = {"save_all": True, "append_images": others, "duration": PERIOD // 1000, "lossless": True, "method": 6}
+    write_whole(image, lambda file: first.save(file, "WEBP", **animated) if others else first.save(file, "PNG"))
     save_events(record(made), events)
     about = {True: "moving", False: "still", None: "moving and still, or nothing"}
     for question in questions(made):
@@ -268,10 +384,12 @@ def write(seed: int, image: Path, events: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("scenes", description="Writes a scene's frame and events, and prints its questions.")
     parser.add_argument("seed", type=int, help=f"of the scene; below {TRAIN} it is a held-out one")
+    parser.add_argument("--clip", action="store_true", help="several frames; --image is then a .webp")
     parser.add_argument("--image", type=Path, default=Path("scene.png"))
     parser.add_argument("--events", type=Path, default=Path("events.npy"))
     args = parser.parse_args(argv)
-    return exit_status("scenes", lambda: write(args.seed, args.image, args.events))
+    make = clip if args.clip else scene
+    return exit_status("scenes", lambda: write(make(args.seed), args.image, args.events))
 
 
 if __name__ == "__main__":

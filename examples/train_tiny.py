@@ -1,19 +1,23 @@
-"""Trains the tiny Qwen2-VL of examples/tiny from scratch on the scenes of scenes.py, dense: nothing is dropped.
+"""Trains the tiny Qwen2-VL of examples/tiny on the scenes of scenes.py, dense: nothing is dropped.
 
-    python examples/train_tiny.py RUN_FOLDER
+    python examples/train_tiny.py STILLS_FOLDER                                     from scratch, on stills
+    python examples/train_tiny.py CLIPS_FOLDER --start STILLS_FOLDER/model          then on clips and stills
 
-It goes on from RUN_FOLDER/state.pt if there is one, so an interruption costs at most 250 steps. RUN_FOLDER/log.txt
-lists the accuracy by kind of question, on scenes not seen before; RUN_FOLDER/model holds the checkpoint of that time.
+It goes on from FOLDER/state.pt if there is one, so an interruption costs at most 250 steps and changes nothing.
+FOLDER/log.txt lists the accuracy by kind of question, on scenes not seen before; FOLDER/model holds the checkpoint of
+that time.
 
-Training begins with one thing in a scene, and adds things when every kind of question is LEARNED: with several from the
-start, thousands of steps do not teach which colour belongs to which shape. A batch is images of one size; an image is
-read once, and each of its questions sees the image but no other question.
+Training begins with one thing in a scene, and adds things when every kind of question is learned: with several from the
+start, thousands of steps do not teach which colour belongs to which shape. The same holds for clips, and which way a
+thing moves: see CLIPS. A batch is images, or clips, of one size; an image is read once, and each of its questions sees
+the image but no other question.
 """
 
 import json
 import sys
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,20 +36,47 @@ from llm import mrope_positions, prompt_ids
 from vit import Clip, ImageConfig, packed_patches
 from weights import Checkpoint, build, published
 
-BATCH, QUESTIONS = 16, 8  # images of a step, questions of an image
-WARM_UP, COOL_DOWN = 200, 0.3  # steps, and the last part of all steps: the learning rate rises, and falls to zero
-STAGES = [(1, 1), (2, 2), (2, 3), scenes.THINGS]  # least and most things in a scene
-LEARNED = {"colour": 0.88, "shape": 0.85, "count": 0.88, "relation": 0.80}  # opens the next stage; places need no help
-SHOWN = 1500  # answers of a kind that its accuracy is taken over
+QUESTIONS, CLIP_QUESTIONS = 8, 5  # of an image, of a clip
+WARM_UP = 200  # steps: the learning rate rises
+COOL_DOWN, CLIP_COOL_DOWN = 0.3, 0.6  # the last part of all steps, without and with clips: it falls to zero
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a step shows, and what opens the next stage."""
+
+    things: tuple[int, int]  # least and most in a scene
+    opens: dict[str, float]  # accuracy by kind of question, of clips "clip KIND"
+    over: int = 1500  # answers of a kind that its accuracy is taken over
+    stills: int = 16
+    clips: int = 0
+    sides: tuple[int, int] = (4, 4)  # of a clip's frame, in groups, least and most
+    frames: tuple[int, int] = (4, 4)
+    spells: tuple[str, ...] = ("go",)
+    kinds: tuple[str, ...] = scenes.CLIP_KINDS
+
+
+LEARNED = {"colour": 0.88, "shape": 0.85, "count": 0.88, "relation": 0.80}  # places need no help
+STILLS = [Stage(things, LEARNED) for things in ((1, 1), (2, 2), (2, 3), scenes.THINGS)]
+ALL, MOVING = tuple(scenes.SPELLS), ("way", "which", "what")
+CLIPS = [  # "nowhere" would be the likeliest answer as long as no direction is known, and hide it
+    Stage((1, 1), {"clip way": 0.85}, 500, 6, 20, kinds=MOVING),
+    Stage((2, 2), {"clip way": 0.85, "clip what": 0.85}, 500, 6, 20),
+    Stage((2, 2), {"clip what": 0.85, "clip stop": 0.79}, 500, 6, 16, (4, 5), (3, 8), ALL),
+    Stage((2, 3), {}, 500, 8, 16, scenes.CLIP_SIDES, (2, 8), ALL),
+]
 NAMES = ["endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "box_start", "box_end", "quad_start",
          "quad_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad"]  # fmt: skip
 VISION = {"depth": 4, "embed_dim": 128, "hidden_size": 128, "num_heads": 4, "mlp_ratio": 4, "in_chans": 3,
           "patch_size": 14, "temporal_patch_size": 2, "spatial_merge_size": 2}  # fmt: skip
 
 
-def tokenizer() -> Tokenizer:
-    """One in which each word of the questions is one token; any other text goes byte by byte."""
-    asked = [q for seed in range(999) for q in scenes.questions(scenes.scene(scenes.TRAIN + seed))]
+def tokenizer(clips: bool = False) -> Tokenizer:
+    """One in which each word of the questions, on request also about clips, is one token; any other text goes byte by
+    byte."""
+    made = [scenes.scene(scenes.TRAIN + seed) for seed in range(999)]
+    made += [scenes.clip(scenes.TRAIN + seed) for seed in range(999)] if clips else []
+    asked = [question for scene in made for question in scenes.questions(scene)]
     words = {word for q in asked for word in (q.text.rstrip("?") + " " + q.answer).split()}
     chat = ["system\nYou are a helpful assistant.", "user\n", "assistant\n", "?"]
     return byte_level([*chat, *sorted(words), *(f" {word}" for word in sorted(words))], 900)
@@ -94,10 +125,12 @@ def settings(tokens: Tokenizer) -> dict:
     }
 
 
-def begin(folder: Path) -> EPVLM:
-    """The model with random weights; its settings and tokenizer are written into `folder`."""
+def begin(folder: Path, start: Path | None = None) -> EPVLM:
+    """The model with random weights, or with those of the checkpoint `start` and more words; its settings and tokenizer
+    are written into `folder`."""
+    known = start and EPVLM.from_pretrained(start, device="cpu", dtype="float32")
     folder.mkdir(parents=True, exist_ok=True)
-    tokens, images = tokenizer(), ImageConfig(max_pixels=224 * 224)
+    tokens, images = tokenizer(clips=start is not None), ImageConfig(max_pixels=224 * 224)
     tokens.save(str(folder / "tokenizer.json"))
     limits = {"min_pixels": images.min_pixels, "max_pixels": images.max_pixels}
     for name, content in (("config", settings(tokens)), ("preprocessor_config", limits)):
@@ -112,7 +145,25 @@ def begin(folder: Path) -> EPVLM:
             elif hasattr(module, "weight"):  # RMSNorm
                 torch.nn.init.ones_(module.weight)
     torch.nn.init.normal_(llm.model["embed_tokens"].weight, std=0.02)  # learns several times faster than with 1
-    return EPVLM(Checkpoint(vit, llm, tokens, images))
+    model = EPVLM(Checkpoint(vit, llm, tokens, images))
+    if known:
+        carry(known, model)
+    return model
+
+
+@torch.no_grad()
+def carry(known: EPVLM, model: EPVLM) -> None:
+    """All weights of a model into one that knows more words: rows of the embedding go by their tokens, and new ones are
+    random, as large as the old ones."""
+    weights = published(model.vit, model.llm)
+    for name, old in published(known.vit, known.llm).items():
+        if "embed_tokens" in name:
+            old_ids, new = known.tokenizer.get_vocab(), torch.randn(weights[name].shape) * old.std()
+            for token, row in model.tokenizer.get_vocab().items():
+                if token in old_ids:
+                    new[row] = old[old_ids[token]]
+            old = new
+        weights[name].copy_(old)
 
 
 class Shared:
@@ -164,24 +215,54 @@ def score(model: EPVLM, H_v: Tensor, groups: Tensor, questions: list[scenes.Ques
     return losses.sum(1) / wanted.sum(1), right.all(1)
 
 
-def batch(model: EPVLM, step: int, things: tuple[int, int]) -> tuple[Tensor, Tensor, list[scenes.Question]]:
-    """The scenes of a step: patches (B, N, 1176), the mask that keeps all (1, grid_h, grid_w), and their questions."""
-    first = scenes.TRAIN + step * BATCH
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images or clips of one size, dense."""
+
+    patches: Tensor  # (B * T, N, 1176): a moment of a clip attends to itself alone, as an image does
+    keep: Tensor  # (T, grid_h, grid_w) bool, all True
+    questions: list[scenes.Question]  # as many of each of the B
+
+
+def stills(model: EPVLM, first: int, stage: Stage) -> Batch:
+    """The scenes of the seeds from `first` on."""
     size = scenes.scene(first).size
-    shown = [scenes.scene(first + k, things, size) for k in range(BATCH)]
-    keep = torch.ones(1, size[0] // 14, size[1] // 14, dtype=torch.bool)
-    images = [Clip([Image.fromarray(scenes.render(scene))]) for scene in shown]
-    patches = torch.stack([packed_patches(image, keep, model.vit.config, model.image_config) for image in images])
+    shown = [scenes.scene(first + k, stage.things, size) for k in range(stage.stills)]
     asked = [scenes.choose(scenes.questions(scene), QUESTIONS, first + k) for k, scene in enumerate(shown)]
-    return patches, keep, [question for several in asked for question in (several * QUESTIONS)[:QUESTIONS]]
+    return packed(model, [Clip([Image.fromarray(scenes.render(scene))]) for scene in shown], asked, QUESTIONS)
+
+
+def clips(model: EPVLM, first: int, stage: Stage) -> Batch:
+    """The clips of the seeds from `first` on."""
+    rng = np.random.default_rng(first)
+    size = tuple(28 * int(side) for side in rng.integers(stage.sides[0], stage.sides[1] + 1, 2))
+    frames = (int(rng.integers(stage.frames[0], stage.frames[1] + 1)),) * 2
+    shown, asked = [], []
+    for seed in range(first, first + stage.clips):
+        shown.append(scenes.clip(seed, stage.things, frames, stage.spells, size))
+        fit = [question for question in scenes.questions(shown[-1]) if question.kind in stage.kinds]
+        asked.append(scenes.choose(fit, CLIP_QUESTIONS, seed, scenes.CLIP_KINDS))
+    return packed(model, [scenes.shown(clip) for clip in shown], asked, CLIP_QUESTIONS)
+
+
+def packed(model: EPVLM, shown: list[Clip], asked: list[list[scenes.Question]], count: int) -> Batch:
+    """As many questions of each: those with fewer are asked some twice."""
+    width, height = shown[0].size
+    keep = torch.ones(shown[0].moments, height // 14, width // 14, dtype=torch.bool)
+    patches = [packed_patches(clip, keep, model.vit.config, model.image_config) for clip in shown]
+    questions = [question for several in asked for question in (several * count)[:count]]
+    return Batch(torch.cat(patches).view(-1, keep[0].numel(), patches[0].shape[1]), keep, questions)
 
 
 class Training:
     """Weights in float32, the model that works in bfloat16, and all that has to survive an interruption."""
 
-    def __init__(self, folder: Path, steps: int, rate: float):
+    def __init__(self, folder: Path, steps: int, rate: float, start: Path | None = None):
         self.folder, self.steps, self.rate = folder, steps, rate
-        self.model = begin(folder / "model")
+        self.stages, self.first = (CLIPS, 2 * scenes.TRAIN) if start else (STILLS, scenes.TRAIN)
+        self.cool_down = CLIP_COOL_DOWN if start else COOL_DOWN
+        self.apart = max(max(stage.stills, stage.clips) for stage in self.stages)  # no seed is shown twice
+        self.model = begin(folder / "model", start)
         self.weights = {name: tensor.clone() for name, tensor in published(self.model.vit, self.model.llm).items()}
         parts = (self.model.vit.bfloat16(), self.model.llm.bfloat16())
         self.working = published(*parts)  # shares its memory with the model
@@ -194,7 +275,7 @@ class Training:
             torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.01),
         ]
         self.step, self.stage = 0, 0
-        self.recent: dict[str, deque] = defaultdict(lambda: deque(maxlen=SHOWN))  # by kind: right or wrong
+        self.recent: dict[str, list[bool]] = defaultdict(list)  # by kind: which of the last answers are right
         if (folder / "state.pt").exists():
             self.resume(folder / "state.pt")
 
@@ -208,8 +289,7 @@ class Training:
 
     def _take(self, state: dict) -> None:
         self.step, self.stage = state["step"], state["stage"]
-        for kind, answers in state["recent"].items():
-            self.recent[kind].extend(answers)
+        self.recent.update(state["recent"])
         for name, weight in self.weights.items():
             weight.copy_(state["weights"][name])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
@@ -217,8 +297,7 @@ class Training:
 
     def save(self) -> None:
         """The checkpoint first, then the state."""
-        recent = {kind: list(answers) for kind, answers in self.recent.items()}
-        state = {"step": self.step, "stage": self.stage, "recent": recent, "weights": self.weights}
+        state = {"step": self.step, "stage": self.stage, "recent": dict(self.recent), "weights": self.weights}
         state["optimisers"] = [optimiser.state_dict() for optimiser in self.optimisers]
         tensors = save(self.weights, metadata={"format": "pt"})
         write_whole(self.folder / "model" / "model.safetensors", lambda file: file.write(tensors))
@@ -228,24 +307,35 @@ class Training:
         """One step; returns its loss."""
         for name, weight in self.weights.items():
             self.working[name].copy_(weight)
-        patches, keep, questions = batch(self.model, self.step, STAGES[self.stage])
-        with sdpa_kernel(SDPBackend.MATH):  # at this size the fused kernel's backward pass is the slower one
-            H_v = self.model.vit(patches.bfloat16(), keep)
-            losses, right = score(self.model, H_v, keep[:, ::2, ::2], questions)
-            often = Counter(question.kind for question in questions)
-            share = torch.tensor([1 / often[question.kind] for question in questions]) / len(often)
-            loss = (losses * share).sum()  # all kinds count alike
-            loss.backward()
+        stage, losses = self.stages[self.stage], []
+        for make, count in ((stills, stage.stills), (clips, stage.clips)):
+            if count:
+                shown = make(self.model, self.first + self.step * self.apart, stage)
+                losses.append(self.learn(shown, "clip " * (make is clips)))
         for weight, parameter in zip(self.weights.values(), self.parameters, strict=True):
             weight.grad, parameter.grad = parameter.grad.float(), None
         torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
         left = (self.steps - self.step) / self.steps
         for optimiser in self.optimisers:
-            optimiser.param_groups[0]["lr"] = self.rate * min(1, (self.step + 1) / WARM_UP, left / COOL_DOWN)
+            optimiser.param_groups[0]["lr"] = self.rate * min(1, (self.step + 1) / WARM_UP, left / self.cool_down)
             optimiser.step()
-        for question, ok in zip(questions, right.tolist(), strict=True):
-            self.recent[question.kind].append(ok)
         self.step += 1
+        return sum(losses)
+
+    def learn(self, shown: Batch, what: str) -> float:
+        """Adds the gradients of a batch, and its answers to the recent ones; returns its loss."""
+        with sdpa_kernel(SDPBackend.MATH):  # at this size the fused kernel's backward pass is the slower one
+            H_v = self.model.vit(shown.patches.bfloat16(), shown.keep[:1])
+            H_v = H_v.reshape(-1, len(shown.keep) * H_v.shape[1], H_v.shape[2])  # the moments of a clip in a row
+            losses, right = score(self.model, H_v, shown.keep[:, ::2, ::2], shown.questions)
+            often = Counter(question.kind for question in shown.questions)
+            share = torch.tensor([1 / often[question.kind] for question in shown.questions]) / len(often)
+            loss = (losses * share).sum()  # all kinds count alike
+            loss.backward()
+        for question, ok in zip(shown.questions, right.tolist(), strict=True):
+            answers = self.recent[what + question.kind]
+            answers.append(ok)
+            del answers[: -self.stages[self.stage].over]
         return loss.item()
 
     def accuracy(self) -> dict[str, float]:
@@ -253,10 +343,11 @@ class Training:
         return {kind: float(np.mean(answers)) for kind, answers in sorted(self.recent.items())}
 
     def open_stage(self) -> None:
-        """Goes on to the next stage once the kinds in LEARNED are."""
-        shown = {kind: value for kind, value in self.accuracy().items() if kind in LEARNED}
-        learned = shown and all(len(self.recent[kind]) == SHOWN and shown[kind] > LEARNED[kind] for kind in shown)
-        if learned and self.stage + 1 < len(STAGES):
+        """Goes on to the next stage once what opens it is learned."""
+        stage, shown = self.stages[self.stage], self.accuracy()
+        asked = [kind for kind in stage.opens if kind in shown]
+        learned = asked and all(len(self.recent[k]) == stage.over and shown[k] > stage.opens[k] for k in asked)
+        if learned and self.stage + 1 < len(self.stages):
             self.stage += 1
             self.recent.clear()
 
@@ -264,19 +355,21 @@ class Training:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("train_tiny", description="Trains the tiny Qwen2-VL on made-up scenes.")
     parser.add_argument("folder", type=Path, help="of the run; it goes on from what is there")
-    parser.add_argument("--steps", type=int, default=9000, help="in all (default: %(default)s)")
+    parser.add_argument("--start", type=Path, help="a checkpoint that knows stills, to learn clips (default: none)")
+    parser.add_argument("--steps", type=int, help="in all (default: 9000 on stills, 3200 on clips)")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate (default: %(default)s)")
     args = parser.parse_args(argv)
-    return exit_status("train_tiny", lambda: train(args.folder, args.steps, args.rate))
+    steps = args.steps or (3200 if args.start else 9000)
+    return exit_status("train_tiny", lambda: train(args.folder, steps, args.rate, args.start))
 
 
-def train(folder: Path, steps: int, rate: float) -> None:
+def train(folder: Path, steps: int, rate: float, start: Path | None = None) -> None:
     """Up to step `steps`; saves at every 250th, logs the accuracy at every 50th."""
     if steps < 1 or not 0 < rate < 1:
         raise ValueError(f"steps {steps} and rate {rate:g}: give 1 or more, and a rate between 0 and 1")
-    training = Training(folder, steps, rate)
+    training = Training(folder, steps, rate, start)
     print(f"from step {training.step} to {steps}", file=sys.stderr)
-    start, losses = time.monotonic(), []
+    begun, losses = time.monotonic(), []
     while training.step < steps:
         losses.append(training.advance())
         if training.step % 50 == 0:
@@ -284,7 +377,7 @@ def train(folder: Path, steps: int, rate: float) -> None:
             line += "".join(f" {kind} {value:.3f}" for kind, value in training.accuracy().items())
             with (folder / "log.txt").open("a") as log:
                 for file in (log, sys.stderr):
-                    print(f"{line} ({time.monotonic() - start:.0f} s)", file=file)
+                    print(f"{line} ({time.monotonic() - begun:.0f} s)", file=file)
             training.open_stage()
         if training.step % 250 == 0 or training.step == steps:
             training.save()

@@ -15,8 +15,11 @@ import evidence
 import scenes
 from common import TINY
 from epvlm import EPVLM
-from events import budget_mask, event_maps, motion
+from events import budget, budget_mask, event_maps, motion
 from evidence import (
+    CLIP_COLUMNS,
+    CLIP_SELECTORS,
+    CLIP_SPARSITIES,
     COMPARED,
     FAULTS,
     FAULTY,
@@ -24,11 +27,18 @@ from evidence import (
     SELECTORS,
     SPARSITIES,
     TIMES,
+    WHOLE,
+    WITH_EVENTS,
+    ClipSample,
     Sample,
+    change,
+    clip_samples,
     dense,
     guesses,
     hot,
+    rates,
     received,
+    runs,
     samples,
     shrunk,
 )
@@ -44,6 +54,10 @@ def held_out(count: int) -> list[Sample]:
     return list(islice(samples(10**6), count))
 
 
+def held_out_clips(count: int) -> list[ClipSample]:
+    return list(islice(clip_samples(10**6), count))
+
+
 @pytest.mark.filterwarnings("ignore:.*20 pixels hold")
 @pytest.mark.parametrize("name", [*SELECTORS, *FAULTY])
 def test_selectors_keep_the_budget_they_say(model, name):
@@ -52,19 +66,60 @@ def test_selectors_keep_the_budget_they_say(model, name):
         kept = []
         for sparsity in SPARSITIES:
             view = (SELECTORS | FAULTY)[name](model, made, sparsity)
-            budget = groups - math.ceil(round(sparsity * (groups - 1), 9))
+            most = groups - math.ceil(round(sparsity * (groups - 1), 9))
             kept.append(int(view.groups.sum()))
-            assert made.budget(sparsity) == budget
+            assert made.budget(sparsity) == most
             if name in ("Eq. 6, as printed", "Eq. 6, 14 px cells"):
-                assert kept[-1] >= budget
+                assert kept[-1] >= most
             elif name == "smaller image, dense":
-                assert budget - 3 <= kept[-1] <= budget and view.groups.all()
+                assert most - 3 <= kept[-1] <= most and view.groups.all()
             else:
-                assert kept[-1] == budget
+                assert kept[-1] == most
                 assert view.groups.shape == (1, made.image.height // 28, made.image.width // 28)
             assert len(view.patches) == view.keep.sum()
             assert len(view.patches) == 4 * groups if str(name).startswith("attention") else True
         assert kept == sorted(kept, reverse=True)
+
+
+@pytest.mark.parametrize("name", CLIP_SELECTORS)
+def test_selectors_of_clips_keep_the_budget_they_say(model, name):
+    for made in held_out_clips(2):
+        T, rows, columns = made.cells
+        assert T == 4
+        for sparsity in CLIP_SPARSITIES:
+            if sparsity > 0.75 and name in WHOLE:
+                continue  # a moment holds more
+            view, most = CLIP_SELECTORS[name](model, made, sparsity), budget(T * rows * columns, 1 - sparsity)
+            if name == "smaller frames, dense":
+                assert most - 4 * T <= view.tokens <= most and view.groups.all() and len(view.groups) == T
+            elif name == "Eq. 6 for each moment":
+                assert set(view.groups.sum(dim=(1, 2)).tolist()) == {budget(rows * columns, 1 - sparsity)}
+            elif name == "fewer frames, dense":
+                assert view.groups.all() and view.groups.shape == (4 * (1 - sparsity), rows, columns)
+            else:
+                assert view.tokens == most and view.groups.shape == made.cells
+            if name in WHOLE:
+                assert view.groups[0].all()
+            assert len(view.patches) == view.keep.sum() == 4 * view.tokens and view.pad == model.video_pad
+
+
+def test_what_clips_are_chosen_by(model):
+    """By hand: pixels of frames, events of windows."""
+    for made in held_out_clips(2):
+        T, rows, _ = made.cells
+        frames = [np.asarray(made.image.frame(n)).astype(float) for n in range(len(made.image.frames))]
+        frames += frames[-1:] * (2 * T - len(frames))
+        t, row, column = 2, rows - 2, 1
+        cell = np.s_[28 * row : 28 * row + 28, 28 * column : 28 * column + 28]
+        now, before = ([frame[cell] for frame in frames[2 * k : 2 * k + 2]] for k in (t, t - 1))
+        differ = sum(np.abs(a - b).sum() for a, b in zip(now, before, strict=True))
+        assert change(made, 0.5)[t, row, column] == pytest.approx(differ)
+        assert runs(made, 0.5)[t, row, column] == pytest.approx(np.abs(now[1] - before[0]).mean())
+        for values in (change(made, 0.5), runs(made, 0.5)):
+            assert values[0].min() > values[1:].max()
+        S = model.look(made.image, made.events).S
+        assert np.allclose(rates(made) * made.image.size[0] * made.image.size[1], S)
+        assert np.allclose(motion(rates(made), 1), rates(made))
 
 
 def test_recomputed_positions_are_the_same_patches_elsewhere(model):
@@ -132,6 +187,20 @@ def test_the_evidence_is_whole_tables(tmp_path):
     half, late = ([float(word) for word in cells[name]] for name in ("cover", "attention received"))  # at 0.5
     assert half[0] < 0.6 * dense[0] and half[1] < dense[1] * half[0] / dense[0] * 1.1
     assert late[0] == half[0] and late[1] > 0.8 * dense[1]  # its cost is the whole transformer's
+
+
+def test_the_evidence_of_clips_is_whole_tables(tmp_path):
+    command = [sys.executable, evidence.__file__, "clips", "--questions", "10"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stderr == "" and "held-out clips" in done.stdout
+    found = re.findall(r"\n\n([^|\n]*):\n\n(\|.*?)(?=\n\n|$)", done.stdout, re.DOTALL)
+    fewer, late = len(CLIP_SELECTORS) - len(WHOLE), len(set(WITH_EVENTS) - set(WHOLE))
+    for (_, table), size in zip(
+        found, [2, *[len(CLIP_SELECTORS)] * 2, fewer, 2 * len(WITH_EVENTS) + late], strict=True
+    ):
+        head, _, *rows = table.splitlines()
+        assert len(rows) == size and {row.count("|") for row in rows} == {head.count("|")}
+        assert all(column in head for column in CLIP_COLUMNS)
 
 
 def test_attention_received(model):

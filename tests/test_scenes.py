@@ -13,8 +13,27 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import scenes
+from epvlm import read_clip
 from events import read_events
-from scenes import COLOURS, KINDS, SHAPES, Scene, Thing, choose, questions, record, render, scene
+from scenes import (
+    CLIP_KINDS,
+    COLOURS,
+    FRAMES,
+    KINDS,
+    PERIOD,
+    SHAPES,
+    SPELLS,
+    Scene,
+    Thing,
+    choose,
+    clip,
+    film,
+    questions,
+    record,
+    render,
+    scene,
+    shown,
+)
 
 SEEDS = st.integers(0, 10**6)
 
@@ -69,6 +88,57 @@ def test_events_lie_where_things_move_and_nowhere_else(seed):
             assert E_v[rows, columns].sum() > 20
             rest[rows, columns] = 0
     assert rest.sum() == 0
+
+
+@given(SEEDS)
+def test_a_seed_is_a_clip(seed):
+    made = clip(seed)
+    assert made == clip(seed) != clip(seed + 1)
+    assert 2 <= len(made.things) <= 3 and FRAMES[0] <= made.frames <= FRAMES[1]
+    movers = [thing for thing in made.things if thing.moves]
+    assert 1 <= len(movers) <= 2 and len({thing.spell for thing in movers}) == len(movers)
+    assert 112 <= min(made.size) and max(made.size) <= 168 and made.height % 28 == made.width % 28 == 0
+    frames = list(film(made))
+    assert len(frames) == made.frames and np.array_equal(frames[-1], render(made))
+    seen = shown(made)
+    assert seen.times.tolist() == [PERIOD * k for k in range(made.frames)]
+    assert all(np.array_equal(seen.frame(k), frame) for k, frame in enumerate(frames))
+
+
+@given(SEEDS)
+def test_things_of_a_clip_stay_inside_and_apart_and_rest_outside_their_spell(seed):
+    made = clip(seed)
+    for time in np.linspace(-1, 0, 9):
+        for thing in made.things:
+            (x, y), half = thing.place(time), thing.size / 2
+            assert half <= x <= made.width - half and half <= y <= made.height - half
+            start, end = thing.spell
+            assert thing.place(time) == thing.place(min(max(time, start), end))
+            for other in made.things:
+                u, v = other.place(time)
+                assert other is thing or max(abs(x - u), abs(y - v)) > (thing.size + other.size) / 2
+    for thing in made.things:
+        (x, y), (u, v) = thing.place(-1), thing.place(0)
+        along = {"right": u - x, "left": x - u, "down": v - y, "up": y - v, "nowhere": 0}
+        assert max(along, key=along.get) == thing.way or not thing.moves
+        assert (thing.place(-0.5) == (u, v)) == (not thing.moves or thing.spell == SPELLS["stop"])
+        assert (thing.place(-0.5) == (x, y)) == (not thing.moves or thing.spell == SPELLS["start"])
+
+
+@given(SEEDS)
+def test_events_of_a_clip_lie_where_and_when_things_move(seed):
+    made = clip(seed)
+    seen, length = record(made), PERIOD * (made.frames - 1)
+    expected = np.zeros(len(seen), dtype=bool)
+    for thing in made.things:
+        places, reach = np.array([thing.place(-1), thing.place(0)]), thing.size / 2 + 3
+        (left, top), (right, bottom) = places.min(axis=0) - reach, places.max(axis=0) + reach
+        start, end = ((edge + 1) * length for edge in thing.spell)
+        near = (left <= seen.x) & (seen.x <= right) & (top <= seen.y) & (seen.y <= bottom)
+        during = near & (start - PERIOD / 4 <= seen.t) & (seen.t <= end + PERIOD / 4)  # frames lie between
+        assert during.sum() > 50 or not thing.moves
+        expected |= during & thing.moves
+    assert expected.all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -140,6 +210,34 @@ def test_every_answer_follows_from_the_things(seed):
             assert ahead == [other] and question.moving in (thing.moves, None)
 
 
+def test_answers_about_a_clip_written_out():
+    right, up = (20.0, 1.0), (1.0, -20.0)
+    red = Thing("circle", "red", 40, 40, 40, right, 1, SPELLS["stop"])
+    blue = Thing("cross", "blue", 150, 150, 40, up, 1)
+    green = Thing("cross", "green", 40, 150, 40, (0, 0), 1)
+    made = asked(Scene(196, 196, (red, blue, green), 1, frames=4))
+    assert made["which way does the red circle move?"] == ("right", "way", True)
+    assert made["which way does the blue cross move?"] == ("up", "way", True)
+    assert made["which way does the green cross move?"] == ("nowhere", "nowhere", False)
+    assert made["what stops?"] == ("red circle", "stop", True)
+    assert made["what stands still?"] == ("green cross", "still", False)
+    assert made["what colour is the circle?"] == ("red", "colour", True)
+    assert not {"what moves?", "what starts?", "is the red circle left or right?"} & set(made)
+    assert "what stops?" not in asked(Scene(196, 196, (red, blue, green), 1, frames=3))
+    alone = asked(Scene(196, 196, (replace(red, spell=SPELLS["start"]), green), 1, frames=8))
+    assert alone["what moves?"] == ("red circle", "what", True)
+    assert alone["what colour is the thing that moves?"] == ("red", "what", True)
+    assert alone["which way does the thing that moves move?"] == ("right", "which", True)
+    assert "what starts?" not in alone  # "what moves?" would tell it
+
+
+def test_kinds_of_clips_are_chosen_in_turn():
+    chosen = Counter()
+    for seed in range(300):
+        chosen.update(q.kind for q in choose(questions(clip(seed)), 8, seed, CLIP_KINDS))
+    assert set(chosen) == set(CLIP_KINDS) and min(chosen.values()) > 60
+
+
 def test_kinds_and_answers_are_chosen_in_turn():
     chosen = Counter()
     for seed in range(200):
@@ -160,8 +258,28 @@ def test_the_command_writes_both_files_and_prints_the_questions(tmp_path):
     assert sorted(path.name for path in Path(tmp_path).iterdir()) == ["a.png", "b.npy"]
 
 
+def test_the_command_writes_a_clip(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert scenes.main(["8", "--clip", "--image", "a.webp", "--events", "b.npy"]) == 0
+    out, made, read = capsys.readouterr().out, clip(8), read_clip(Path("a.webp"))
+    assert read.times.tolist() == [PERIOD * k for k in range(made.frames)]
+    assert all(np.array_equal(read.frame(k), frame) for k, frame in enumerate(film(made)))
+    assert len(read_events("b.npy")) == len(record(made)) and out.count("\n") == len(questions(made))
+    assert scenes.main(["3", "--clip", "--image", "c.webp", "--events", "d.npy"]) == 2  # two frames are the same
+    assert "give another seed" in capsys.readouterr().err
+    assert sorted(path.name for path in Path().iterdir()) == ["a.webp", "b.npy"]
+
+
 @pytest.mark.parametrize(
-    "arguments", [["-1"], ["3", "--events", "no/b.npy"], ["3", "--image", "b", "--events", "b"], ["x"]]
+    "arguments",
+    [
+        ["-1"],
+        ["-1", "--clip", "--image", "c.webp"],
+        ["3", "--clip", "--image", "c.png"],
+        ["3", "--events", "no/b.npy"],
+        ["3", "--image", "b", "--events", "b"],
+        ["x"],
+    ],
 )
 def test_bad_arguments_are_one_line_and_write_nothing(tmp_path, monkeypatch, capsys, arguments):
     monkeypatch.chdir(tmp_path)
