@@ -798,7 +798,7 @@ def test_the_two_lines_of_the_example(capsys, monkeypatch):
     assert main([*scene, "what colour is the circle?", "--model", str(TINY), "--device", "cpu"]) == 0
     assert capsys.readouterr() == (
         "red\n",
-        "kept 128 of 256 patches (32 of 64 tokens), 2110 events in 38.7 ms, 371.76 of 779.44 MFLOPs\n"
+        "kept 128 of 256 patches (32 of 64 tokens), 2110 events in 38.7 ms, 371.77 of 779.45 MFLOPs\n"
         "first token after 0.02 s\n",
     )
 

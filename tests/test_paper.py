@@ -689,13 +689,15 @@ def test_dsec(tmp_path, monkeypatch, capsys):
         assert (wrong.groups & expected.groups).sum() / expected.tokens < 0.8
 
 
-def test_first_command(monkeypatch, capsys):
-    """The first command answers as the README says, for as many FLOPs."""
+@pytest.mark.parametrize("number, kept", [(0, "2110 events in 38.7 ms, "), (1, "4 frames at their own times, ")])
+def test_commands(monkeypatch, capsys, number, kept):
+    """The commands about the scene and the clip answer as the README says, the first for as many FLOPs."""
     monkeypatch.chdir(ROOT)
-    command = re.search(r"python epvlm\.py (.*--model examples/tiny.*)", README)[1]
+    command = re.findall(r"python epvlm\.py (.*--model examples/tiny.*)", README)[number]
     assert main([*shlex.split(command), "--device", "cpu"]) == 0
     out, err = capsys.readouterr()
-    assert f"`{out.strip()}`" in README and f"    {err.splitlines()[0]}\n" in README
+    assert f"This prints `{out.strip()}`" in README and kept in err
+    assert number or f"    {err.splitlines()[0]}\n" in README
 
 
 def test_picture():
