@@ -75,14 +75,14 @@ def read_homography(source) -> tuple[tuple[float, ...], ...]:
             source = np.load(path, allow_pickle=False)
         elif path:
             source = np.loadtxt(Path(path).read_text(encoding="utf-8-sig").replace(",", " ").splitlines())
-        H = np.array(source, dtype=np.float64)
-        H = np.vstack([H, [0, 0, 1]]) if H.shape == (2, 3) else H
-        need(H.shape == (3, 3), f"its shape is {H.shape}")
-        need(np.isfinite(H).all() and np.linalg.matrix_rank(H) == 3, "it has no inverse")
+        rows = np.array(source, dtype=np.float64)
+        rows = np.vstack([rows, [0, 0, 1]]) if rows.shape == (2, 3) else rows
+        need(rows.shape == (3, 3), f"its shape is {rows.shape}")
+        need(np.isfinite(rows).all() and np.linalg.matrix_rank(rows) == 3, "it has no inverse")
     except Exception as error:  # numpy, zipfile and tokenize raise errors of many kinds
         reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"homography {path or 'array'}: {reason}; give three rows of three finite numbers") from None
-    return tuple(map(tuple, H.tolist()))
+    return tuple(map(tuple, rows.tolist()))
 
 
 @dataclass(frozen=True)

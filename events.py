@@ -146,8 +146,8 @@ def read_events(source, order: str | None = None, time_unit: str | None = None) 
 
     source: a path, an array, or events already read. Arrays and .npy: a structured array with fields in any order (see
     NAMES); a bare N x 4 array, its columns in one of LAYOUTS or as `order` says (such as "ptyx"); any other (H, W)
-    array is a map. .npz: `event_data` (N-ImageNet), or x, y, t, p, or a single array. time_unit of the file: s, ms, us
-    or ns; None means us. Raises ValueError that names the file and the remedy. Nothing is ever unpickled."""
+    array is a map. .npz: `event_data` (N-ImageNet), `events`, or x, y, t, p, or a single array. time_unit of the file:
+    s, ms, us or ns; None means us. Raises ValueError that names file and remedy. Nothing is ever unpickled."""
     if isinstance(source, Events | EventMap):
         return source
     typed = isinstance(source, str | Path | np.ndarray)
@@ -391,8 +391,8 @@ def event_maps(moments: list, polarity: str, hot_pixels: str, homography=None, s
 
 def land(homography, x: np.ndarray, y: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Where points lie in an image of `size` (width, height), as row * width + column, int64; -1 is outside of it.
-    homography H (3, 3): [u v w] = H [x y 1]; a point lies in column u / w, row v / w, rounded, if w > 0. Example, H =
-    [[-1, 0, 3], [0, 1, 0], [0, 0, 1]] mirrors an image of 4 x 2: the point (1, 1) lies in column 2, row 1, so at 6."""
+    [u v w] = homography [x y 1]; a point lies in column u / w, row v / w, rounded, if w > 0. Example: [[-1, 0, 3],
+    [0, 1, 0], [0, 0, 1]] mirrors an image of 4 x 2; the point (1, 1) lies in column 2, row 1, so at 6."""
     u, v, w = np.tensordot(homography, [x, y, np.ones(x.shape)], 1)
     with np.errstate(all="ignore"):  # w = 0 is outside
         column, row = np.rint(u / w), np.rint(v / w)
