@@ -359,7 +359,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="in all (default: 9000 on stills, 3200 on clips)")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate (default: %(default)s)")
     args = parser.parse_args(argv)
-    steps = args.steps or (3200 if args.start else 9000)
+    default = 3200 if args.start else 9000
+    steps = default if args.steps is None else args.steps
     return exit_status("train_tiny", lambda: train(args.folder, steps, args.rate, args.start))
 
 
