@@ -19,7 +19,7 @@ import scenes
 import train_tiny
 from common import ROOT, TINY
 from epvlm import EPVLM, Options, Sampling
-from evidence import ClipSample, Sample, answers, clip_samples, samples
+from evidence import ClipSample, Sample, answers, four_moments, samples
 from llm import prompt_ids
 from oracles import assert_close
 from scenes import questions, record, render, scene
@@ -37,7 +37,7 @@ def held_out(count: int) -> list[Sample]:
 
 
 def held_out_clips(count: int) -> list[ClipSample]:
-    return list(islice(clip_samples(10**6), count))
+    return list(islice(samples(10**6, four_moments), count))
 
 
 # What is shipped
@@ -206,7 +206,7 @@ def test_things_are_added_when_every_kind_is_learned(tmp_path):
 
 
 def test_training_and_held_out_scenes_have_other_seeds(model):
-    for made in (samples(200), clip_samples(200)):
+    for made in (samples(200), samples(200, four_moments)):
         seeds = [each.seed for each in made]
         assert len(set(seeds)) == len(seeds) and max(seeds) < scenes.TRAIN
     shown = train_tiny.stills(model, scenes.TRAIN, STILLS[-1])
