@@ -285,7 +285,8 @@ class Training:
             self._take(torch.load(path, weights_only=True))
         except Exception as error:  # a damaged file raises errors of many kinds
             what = f"not a state of this training ({type(error).__name__})"
-            raise ValueError(f"{path}: {what}; remove it to begin anew, or give another folder") from None
+            remedy = "give --start as it was given then, or another folder, or remove it to begin anew"
+            raise ValueError(f"{path}: {what}; {remedy}") from None
 
     def _take(self, state: dict) -> None:
         self.step, self.stage = state["step"], state["stage"]
@@ -359,7 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="in all (default: 9000 on stills, 3200 on clips)")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate (default: %(default)s)")
     args = parser.parse_args(argv)
-    steps = args.steps or (3200 if args.start else 9000)
+    steps = (3200 if args.start else 9000) if args.steps is None else args.steps
     return exit_status("train_tiny", lambda: train(args.folder, steps, args.rate, args.start))
 
 

@@ -177,15 +177,14 @@ def test_a_model_that_learns_clips_begins_with_what_it_knows(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no state", b"PK"])
 def test_a_damaged_state_is_named(tmp_path, content):
     (tmp_path / "state.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"state\.pt: not a state of this training .*; remove it"):
+    with pytest.raises(ValueError, match=r"state\.pt: not a state of this training .*; give --start"):
         Training(tmp_path, steps=1, rate=1e-3)
 
 
 @pytest.mark.parametrize("steps, rate", [(0, 1e-3), (5, 0), (5, math.nan)])
-def test_a_training_that_cannot_be_is_refused(tmp_path, steps, rate):
-    with pytest.raises(ValueError, match="give 1 or more"):
-        train_tiny.train(tmp_path / "run", steps, rate)
-    assert not list(tmp_path.iterdir())
+def test_a_training_that_cannot_be_is_refused(tmp_path, capsys, steps, rate):
+    assert train_tiny.main([str(tmp_path / "run"), "--steps", str(steps), "--rate", str(rate)]) == 2
+    assert "give 1 or more" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_things_are_added_when_every_kind_is_learned(tmp_path):
