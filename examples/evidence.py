@@ -29,7 +29,7 @@ import sys
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import product
@@ -364,6 +364,17 @@ class Tally:
     flops: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
+    def shares(self, columns: Iterable[str]) -> list[str]:
+        return [accuracy(self.right[name]) for name in columns]
+
+    def ahead(self, other: "Tally", columns: Iterable[str]) -> list[str]:
+        """Points by which it is ahead of another."""
+        return [difference(self.right[name], other.right[name]) for name in columns]
+
+    def cost(self) -> str:
+        seconds = 1e3 * np.median(self.seconds)
+        return f"{np.mean(self.tokens):.1f} / {np.mean(self.flops) / 1e6:.0f} / {seconds:.1f}"
+
 
 COLUMNS: dict[str, Callable[[scenes.Question], bool]] = {
     "moving": lambda question: question.kind != "count" and question.moving,
@@ -459,60 +470,45 @@ def tables(tallies: dict[tuple, Tally], guessed: list[str]) -> Iterator[str]:
     """Right answers by sparsity; how `cover` differs; what a faulty recording does; the costs."""
     columns = (*COLUMNS, *FRAMES)
     for sparsity in SPARSITIES:
-        rows = [[name, *(accuracy(tallies[sparsity, name].right[which]) for which in columns)] for name in SELECTORS]
+        rows = [[name, *tallies[sparsity, name].shares(columns)] for name in SELECTORS]
         yield f"Right answers at sparsity {sparsity:g}:\n\n" + markdown(["groups chosen by", *columns], rows)
     whole = tallies[0, "dense"]
-    rows = [["dense", *(accuracy(whole.right[which]) for which in columns)], ["guessing", *guessed, "", ""]]
+    rows = [["dense", *whole.shares(columns)], ["guessing", *guessed, "", ""]]
     yield "Right answers with nothing dropped, and without an image:\n\n" + markdown(["", *columns], rows)
-    rows = []
-    for sparsity, name in product(SPARSITIES, COMPARED):
-        pairs = (tallies[sparsity, name].right[which] for which in columns)
-        ours = (tallies[sparsity, "cover"].right[which] for which in columns)
-        rows.append([f"{sparsity:g}", name, *(difference(*pair) for pair in zip(ours, pairs, strict=True))])
+    rows = [
+        [f"{sparsity:g}", name, *tallies[sparsity, "cover"].ahead(tallies[sparsity, name], columns)]
+        for sparsity, name in product(SPARSITIES, COMPARED)
+    ]
     yield "Points that cover is ahead of other rules:\n\n" + markdown(["sparsity", "other rule", *columns], rows)
     head = ["fault of the recording", "rule", *(f"{sparsity:g}" for sparsity in SPARSITIES[1:])]
     sound = [(("none", name), name) for name in ("Eq. 6, ties broken", "cover", "cover, without events")]
     for which, what in (("moving", "moving things"), ("all", "all questions")):
         rows = [
-            [*words, *(accuracy(tallies[sparsity, key].right[which]) for sparsity in SPARSITIES[1:])]
+            [*words, *(share for sparsity in SPARSITIES[1:] for share in tallies[sparsity, key].shares([which]))]
             for words, key in (*sound, *((fault, fault) for fault in FAULTY))
         ]
         yield f"Right answers to {what} by sparsity, when something is wrong:\n\n" + markdown(head, rows)
-    rows = [[name, *(cost(tallies[sparsity, name]) for sparsity in SPARSITIES)] for name in SELECTORS]
+    rows = [[name, *(tallies[sparsity, name].cost() for sparsity in SPARSITIES)] for name in SELECTORS]
     head = ["groups chosen by", *(f"{sparsity:g}" for sparsity in SPARSITIES)]
-    yield f"Tokens / MFLOPs / ms by sparsity; dense {cost(whole)}:\n\n" + markdown(head, rows)
+    yield f"Tokens / MFLOPs / ms by sparsity; dense {whole.cost()}:\n\n" + markdown(head, rows)
 
 
 def clip_tables(tallies: dict[tuple, Tally], guessed: list[str]) -> Iterator[str]:
     """Right answers and costs by sparsity; how the rules by events differ from the best one without."""
-    whole = tallies[0, "dense"]
-    rows = [["dense", *(accuracy(whole.right[which]) for which in CLIP_COLUMNS), cost(whole)]]
-    head = ["tokens chosen by", *CLIP_COLUMNS, "tokens / MFLOPs / ms"]
-    yield "Right answers with nothing dropped, and without a clip:\n\n" + markdown(
-        head, [*rows, ["guessing", *guessed, ""]]
-    )
+    head, dense = ["tokens chosen by", *CLIP_COLUMNS, "tokens / MFLOPs / ms"], tallies[0, "dense"]
+    rows = [["dense", *dense.shares(CLIP_COLUMNS), dense.cost()], ["guessing", *guessed, ""]]
+    yield "Right answers with nothing dropped, and without a clip:\n\n" + markdown(head, rows)
+    differences = []
     for sparsity in CLIP_SPARSITIES:
-        rows = [
-            [name, *(accuracy(tally.right[which]) for which in CLIP_COLUMNS), cost(tally)]
-            for name in CLIP_SELECTORS
-            if (tally := tallies.get((sparsity, name)))
-        ]
+        found = {name: tally for (at, name), tally in tallies.items() if at == sparsity}
+        rows = [[name, *tally.shares(CLIP_COLUMNS), tally.cost()] for name, tally in found.items()]
         yield f"Right answers at {1 - sparsity:.1%} of the tokens:\n\n" + markdown(head, rows)
-    rows = []
-    for sparsity in CLIP_SPARSITIES:
-        plain = {name: tallies[sparsity, name] for name in WITHOUT_EVENTS if (sparsity, name) in tallies}
-        best = max(plain, key=lambda name: sum(right for right, _ in plain[name].right["all"]))
-        for name in WITH_EVENTS:
-            if ours := tallies.get((sparsity, name)):
-                pairs = ((ours.right[which], plain[best].right[which]) for which in CLIP_COLUMNS)
-                rows.append([f"{1 - sparsity:.1%}", name, best, *(difference(*pair) for pair in pairs)])
+        plain = filter(found.get, WITHOUT_EVENTS)
+        best = max(plain, key=lambda name: sum(right for right, _ in found[name].right["all"]))
+        for name in filter(found.get, WITH_EVENTS):
+            differences.append([f"{1 - sparsity:.1%}", name, best, *found[name].ahead(found[best], CLIP_COLUMNS)])
     head = ["tokens", "rule", "best rule without events", *CLIP_COLUMNS]
-    yield "Points that rules by events are ahead of the best rule without:\n\n" + markdown(head, rows)
-
-
-def cost(tally: Tally) -> str:
-    seconds = 1e3 * np.median(tally.seconds)
-    return f"{np.mean(tally.tokens):.1f} / {np.mean(tally.flops) / 1e6:.0f} / {seconds:.1f}"
+    yield "Points that rules by events are ahead of the best rule without:\n\n" + markdown(head, differences)
 
 
 def kinds(questions: list[scenes.Question], right: list[bool]) -> str:
