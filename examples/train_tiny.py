@@ -127,11 +127,14 @@ def settings(tokens: Tokenizer) -> dict:
 
 def begin(folder: Path, start: Path | None = None) -> EPVLM:
     """The model with random weights, or with those of the checkpoint `start` and more words; its settings and tokenizer
-    are written into `folder`."""
+    are written into `folder`. Raises ValueError if another tokenizer is there."""
     known = start and EPVLM.from_pretrained(start, device="cpu", dtype="float32")
     folder.mkdir(parents=True, exist_ok=True)
     tokens, images = tokenizer(clips=start is not None), ImageConfig(max_pixels=224 * 224)
-    tokens.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer.json"
+    if path.exists() and Tokenizer.from_file(str(path)).to_str() != tokens.to_str():
+        raise ValueError(f"{path}: of another training; give --start as it was given then, or another folder")
+    tokens.save(str(path))
     limits = {"min_pixels": images.min_pixels, "max_pixels": images.max_pixels}
     for name, content in (("config", settings(tokens)), ("preprocessor_config", limits)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
@@ -285,8 +288,7 @@ class Training:
             self._take(torch.load(path, weights_only=True))
         except Exception as error:  # a damaged file raises errors of many kinds
             what = f"not a state of this training ({type(error).__name__})"
-            remedy = "give --start as it was given then, or another folder, or remove it to begin anew"
-            raise ValueError(f"{path}: {what}; {remedy}") from None
+            raise ValueError(f"{path}: {what}; remove it to begin anew, or give another folder") from None
 
     def _take(self, state: dict) -> None:
         self.step, self.stage = state["step"], state["stage"]

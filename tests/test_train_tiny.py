@@ -174,10 +174,18 @@ def test_a_model_that_learns_clips_begins_with_what_it_knows(tmp_path):
     assert_close(after[:, moved], before[:, list(ids.values())])
 
 
+def test_a_run_that_goes_on_without_its_start_is_refused_and_left_as_it_is(tmp_path, capsys):
+    begin(tmp_path / "model", TINY)
+    written = (tmp_path / "model" / "tokenizer.json").read_bytes()
+    assert train_tiny.main([str(tmp_path), "--steps", "1"]) == 2
+    assert "give --start" in capsys.readouterr().err
+    assert (tmp_path / "model" / "tokenizer.json").read_bytes() == written and len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize("content", [b"", b"no state", b"PK"])
 def test_a_damaged_state_is_named(tmp_path, content):
     (tmp_path / "state.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"state\.pt: not a state of this training .*; give --start"):
+    with pytest.raises(ValueError, match=r"state\.pt: not a state of this training .*; remove it"):
         Training(tmp_path, steps=1, rate=1e-3)
 
 
