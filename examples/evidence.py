@@ -42,7 +42,7 @@ from torch import Tensor
 
 import scenes
 from camera import CameraOptions
-from common import TINY, Parser, accuracy, difference, exit_status
+from common import TINY, Parser, accuracy, difference, exit_status, markdown
 from epvlm import EPVLM, Options, View, evenly
 from events import GREY, EventMap, Events, budget, budget_mask, cover_mask, motion, novelty, worth
 from llm import prompt_ids
@@ -61,11 +61,15 @@ SHIFT = 0.05  # of the frame's sides
 class Sample:
     """What a selector may look at: a held-out scene as the program gets it."""
 
-    image: Image.Image
+    image: Image.Image | Clip
     events: Events
-    noisy: Events  # the same motion, seen by a worse camera
     seed: int
     questions: list[scenes.Question]
+
+    @cached_property
+    def noisy(self) -> Events:
+        """The same motion, seen by a worse camera."""
+        return scenes.record(scenes.scene(self.seed), CameraOptions(spread=0.05, noise=2.0, seed=self.seed))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -76,14 +80,8 @@ class Sample:
         return budget(self.image.height // 28 * (self.image.width // 28), 1 - sparsity)
 
 
-@dataclass(frozen=True, eq=False)
-class ClipSample:
+class ClipSample(Sample):
     """The same of a held-out clip."""
-
-    image: Clip
-    events: Events
-    seed: int
-    questions: list[scenes.Question]
 
     @property
     def cells(self) -> tuple[int, int, int]:
@@ -271,6 +269,13 @@ def runs(sample: ClipSample, tau: float) -> np.ndarray:
     return values
 
 
+def from_frame_to_frame(sample: ClipSample, tau: float) -> np.ndarray:
+    """What events see, from frames: the larger change of a cell's pixels within a moment, or since the one before."""
+    frames = sample.blocks.reshape(-1, *sample.blocks.shape[2:])
+    changed = np.abs(np.diff(frames, axis=0)).sum(axis=3)
+    return np.concatenate([changed[:1], changed]).reshape(-1, 2, *changed.shape[1:]).max(axis=1)
+
+
 def whole_moments(sample: ClipSample, tau: float) -> np.ndarray:
     values = np.zeros(sample.cells)
     values[evenly(len(values), max(1, round(tau * len(values))))] = 1
@@ -310,6 +315,7 @@ SELECTORS: dict[str, Callable] = {  # of model, sample and sparsity; a rule of o
     "smaller image, dense": smaller,
 }
 CLIP_SPARSITIES = (0.5, 0.75, 0.875)
+four_moments = partial(scenes.clip, frames=(7, 8))
 WITH_EVENTS: dict[str, Callable] = {
     "Eq. 6 over the clip": by_events,
     "Eq. 6 for each moment": each_moment,
@@ -320,6 +326,7 @@ WITHOUT_EVENTS: dict[str, Callable] = {
     "cover, without events": cover_without_events,
     "pixels, EVS": partial(clip_by, value=change),
     "pixels, RLT and DTD": partial(clip_by, value=runs),
+    "pixels, frame to frame": partial(clip_by, value=from_frame_to_frame),
     "whole moments": partial(clip_by, value=whole_moments),
     "fewer frames, dense": fewer_frames,
     "smaller frames, dense": smaller_frames,
@@ -327,7 +334,9 @@ WITHOUT_EVENTS: dict[str, Callable] = {
     "random": partial(clip_by, value=lambda sample, tau: np.random.default_rng((sample.seed, 1)).random(sample.cells)),
 }
 CLIP_SELECTORS = WITH_EVENTS | WITHOUT_EVENTS
-WHOLE = ("first moment whole, then Eq. 6", "pixels, EVS", "whole moments", "fewer frames, dense")  # not below a moment
+WHOLE = (  # not below a moment
+    "first moment whole, then Eq. 6", "pixels, EVS", "pixels, RLT and DTD", "whole moments", "fewer frames, dense",
+)  # fmt: skip
 FAULTS: dict[str, dict] = {  # of the recording; the arguments of `faulty`
     "noisy camera": {"fault": lambda sample: sample.noisy},
     f"{HOT} hot pixels": {"fault": hot},
@@ -355,6 +364,17 @@ class Tally:
     flops: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
+    def shares(self, columns: Iterable[str]) -> list[str]:
+        return [accuracy(self.right[name]) for name in columns]
+
+    def ahead(self, other: "Tally", columns: Iterable[str]) -> list[str]:
+        """Points by which it is ahead of another."""
+        return [difference(self.right[name], other.right[name]) for name in columns]
+
+    def cost(self) -> str:
+        seconds = 1e3 * np.median(self.seconds)
+        return f"{np.mean(self.tokens):.1f} / {np.mean(self.flops) / 1e6:.0f} / {seconds:.1f}"
+
 
 COLUMNS: dict[str, Callable[[scenes.Question], bool]] = {
     "moving": lambda question: question.kind != "count" and question.moving,
@@ -377,37 +397,23 @@ CLIP_COLUMNS: dict[str, Callable[[scenes.Question], bool]] = {
 
 
 def chosen(scene: scenes.Scene, seed: int) -> list[scenes.Question]:
-    """Questions of a scene that are about moving or about still things, or count."""
-    fit = [q for q in scenes.questions(scene) if q.moving is not None or q.kind == "count"]
-    return scenes.choose(fit, QUESTIONS, seed)
+    """Questions that are about moving or about still things; of a still scene also those that count."""
+    still = scene.frames == 1
+    fit = [q for q in scenes.questions(scene) if (still if q.kind == "count" else q.moving is not None)]
+    return scenes.choose(fit, QUESTIONS, seed, scenes.KINDS if still else scenes.CLIP_KINDS)
 
 
-def samples(count: int) -> Iterator[Sample]:
-    """Held-out scenes until they have `count` questions or more."""
+def samples(count: int, make: Callable[[int], scenes.Scene] = scenes.scene) -> Iterator[Sample]:
+    """Held-out scenes, or clips, until they have `count` questions or more."""
     asked = 0
     for seed in range(scenes.TRAIN):
-        scene = scenes.scene(seed)
-        questions = chosen(scene, seed)
-        recordings = scenes.record(scene), scenes.record(scene, CameraOptions(spread=0.05, noise=2.0, seed=seed))
-        yield Sample(Image.fromarray(scenes.render(scene)), *recordings, seed, questions)
+        scene = make(seed)
+        questions, recording = chosen(scene, seed), scenes.record(scene)
+        if scene.frames == 1:
+            yield Sample(Image.fromarray(scenes.render(scene)), recording, seed, questions)
+        else:
+            yield ClipSample(scenes.shown(scene), recording, seed, questions)
         asked += len(questions)
-        if asked >= count:
-            return
-
-
-def clip_chosen(clip: scenes.Scene, seed: int) -> list[scenes.Question]:
-    """Questions of a clip that are about what moves or about what stands still; none counts."""
-    fit = [question for question in scenes.questions(clip) if question.kind != "count"]
-    return scenes.choose(fit, QUESTIONS, seed, scenes.CLIP_KINDS)
-
-
-def clip_samples(count: int, first: int = 0) -> Iterator[ClipSample]:
-    """Held-out clips of four moments, from a seed on, until they have `count` questions or more."""
-    asked = 0
-    for seed in range(first, scenes.TRAIN):
-        clip = scenes.clip(seed, frames=(7, 8))
-        yield ClipSample(scenes.shown(clip), scenes.record(clip), seed, clip_chosen(clip, seed))
-        asked += len(clip_chosen(clip, seed))
         if asked >= count:
             return
 
@@ -421,7 +427,7 @@ def answers(model: EPVLM, view: View, questions: list[scenes.Question]) -> list[
 
 def examine(model: EPVLM, choose: Callable, sample, sparsity: float, tally: Tally) -> list[bool]:
     """Asks all the questions of a sample, once its groups are chosen; returns which answers are right."""
-    view, still = choose(model, sample, sparsity), isinstance(sample, Sample)
+    view, still = choose(model, sample, sparsity), not isinstance(sample, ClipSample)
     right = answers(model, view, sample.questions)
     for name, belongs in (COLUMNS if still else CLIP_COLUMNS).items():
         known = [ok for question, ok in zip(sample.questions, right, strict=True) if belongs(question)]
@@ -435,6 +441,7 @@ def examine(model: EPVLM, choose: Callable, sample, sparsity: float, tally: Tall
 
 def clock(model: EPVLM, choose: Callable, sample, sparsity: float) -> float:
     """Processor seconds from image and events to one answer, read in one pass."""
+    sample = replace(sample, events=replace(sample.events))  # without what is cached: span, blocks
     start = time.process_time()
     answers(model, choose(model, sample, sparsity), sample.questions[:1])
     return time.process_time() - start
@@ -459,70 +466,49 @@ def guesses(questions: list[scenes.Question], seen: list[scenes.Question], colum
     return shares
 
 
-def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [list(head), *map(list, rows)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def tables(tallies: dict[tuple, Tally], guessed: list[str]) -> Iterator[str]:
     """Right answers by sparsity; how `cover` differs; what a faulty recording does; the costs."""
     columns = (*COLUMNS, *FRAMES)
     for sparsity in SPARSITIES:
-        rows = [[name, *(accuracy(tallies[sparsity, name].right[which]) for which in columns)] for name in SELECTORS]
+        rows = [[name, *tallies[sparsity, name].shares(columns)] for name in SELECTORS]
         yield f"Right answers at sparsity {sparsity:g}:\n\n" + markdown(["groups chosen by", *columns], rows)
     whole = tallies[0, "dense"]
-    rows = [["dense", *(accuracy(whole.right[which]) for which in columns)], ["guessing", *guessed, "", ""]]
+    rows = [["dense", *whole.shares(columns)], ["guessing", *guessed, "", ""]]
     yield "Right answers with nothing dropped, and without an image:\n\n" + markdown(["", *columns], rows)
-    rows = []
-    for sparsity, name in product(SPARSITIES, COMPARED):
-        pairs = (tallies[sparsity, name].right[which] for which in columns)
-        ours = (tallies[sparsity, "cover"].right[which] for which in columns)
-        rows.append([f"{sparsity:g}", name, *(difference(*pair) for pair in zip(ours, pairs, strict=True))])
+    rows = [
+        [f"{sparsity:g}", name, *tallies[sparsity, "cover"].ahead(tallies[sparsity, name], columns)]
+        for sparsity, name in product(SPARSITIES, COMPARED)
+    ]
     yield "Points that cover is ahead of other rules:\n\n" + markdown(["sparsity", "other rule", *columns], rows)
     head = ["fault of the recording", "rule", *(f"{sparsity:g}" for sparsity in SPARSITIES[1:])]
     sound = [(("none", name), name) for name in ("Eq. 6, ties broken", "cover", "cover, without events")]
     for which, what in (("moving", "moving things"), ("all", "all questions")):
         rows = [
-            [*words, *(accuracy(tallies[sparsity, key].right[which]) for sparsity in SPARSITIES[1:])]
+            [*words, *(share for sparsity in SPARSITIES[1:] for share in tallies[sparsity, key].shares([which]))]
             for words, key in (*sound, *((fault, fault) for fault in FAULTY))
         ]
         yield f"Right answers to {what} by sparsity, when something is wrong:\n\n" + markdown(head, rows)
-    rows = [[name, *(cost(tallies[sparsity, name]) for sparsity in SPARSITIES)] for name in SELECTORS]
+    rows = [[name, *(tallies[sparsity, name].cost() for sparsity in SPARSITIES)] for name in SELECTORS]
     head = ["groups chosen by", *(f"{sparsity:g}" for sparsity in SPARSITIES)]
-    yield f"Tokens / MFLOPs / ms by sparsity; dense {cost(whole)}:\n\n" + markdown(head, rows)
+    yield f"Tokens / MFLOPs / ms by sparsity; dense {whole.cost()}:\n\n" + markdown(head, rows)
 
 
 def clip_tables(tallies: dict[tuple, Tally], guessed: list[str]) -> Iterator[str]:
     """Right answers and costs by sparsity; how the rules by events differ from the best one without."""
-    whole = tallies[0, "dense"]
-    rows = [["dense", *(accuracy(whole.right[which]) for which in CLIP_COLUMNS), cost(whole)]]
-    head = ["tokens chosen by", *CLIP_COLUMNS, "tokens / MFLOPs / ms"]
-    yield "Right answers with nothing dropped, and without a clip:\n\n" + markdown(
-        head, [*rows, ["guessing", *guessed, ""]]
-    )
+    head, dense = ["tokens chosen by", *CLIP_COLUMNS, "tokens / MFLOPs / ms"], tallies[0, "dense"]
+    rows = [["dense", *dense.shares(CLIP_COLUMNS), dense.cost()], ["guessing", *guessed, ""]]
+    yield "Right answers with nothing dropped, and without a clip:\n\n" + markdown(head, rows)
+    differences = []
     for sparsity in CLIP_SPARSITIES:
-        rows = [
-            [name, *(accuracy(tally.right[which]) for which in CLIP_COLUMNS), cost(tally)]
-            for name in CLIP_SELECTORS
-            if (tally := tallies.get((sparsity, name)))
-        ]
+        found = {name: tally for (at, name), tally in tallies.items() if at == sparsity}
+        rows = [[name, *tally.shares(CLIP_COLUMNS), tally.cost()] for name, tally in found.items()]
         yield f"Right answers at {1 - sparsity:.1%} of the tokens:\n\n" + markdown(head, rows)
-    rows = []
-    for sparsity in CLIP_SPARSITIES:
-        plain = {name: tallies[sparsity, name] for name in WITHOUT_EVENTS if (sparsity, name) in tallies}
-        best = max(plain, key=lambda name: sum(right for right, _ in plain[name].right["all"]))
-        for name in WITH_EVENTS:
-            if ours := tallies.get((sparsity, name)):
-                pairs = ((ours.right[which], plain[best].right[which]) for which in CLIP_COLUMNS)
-                rows.append([f"{1 - sparsity:.1%}", name, best, *(difference(*pair) for pair in pairs)])
+        plain = filter(found.get, WITHOUT_EVENTS)
+        best = max(plain, key=lambda name: sum(right for right, _ in found[name].right["all"]))
+        for name in filter(found.get, WITH_EVENTS):
+            differences.append([f"{1 - sparsity:.1%}", name, best, *found[name].ahead(found[best], CLIP_COLUMNS)])
     head = ["tokens", "rule", "best rule without events", *CLIP_COLUMNS]
-    yield "Points that rules by events are ahead of the best rule without:\n\n" + markdown(head, rows)
-
-
-def cost(tally: Tally) -> str:
-    seconds = 1e3 * np.median(tally.seconds)
-    return f"{np.mean(tally.tokens):.1f} / {np.mean(tally.flops) / 1e6:.0f} / {seconds:.1f}"
+    yield "Points that rules by events are ahead of the best rule without:\n\n" + markdown(head, differences)
 
 
 def kinds(questions: list[scenes.Question], right: list[bool]) -> str:
@@ -538,10 +524,9 @@ def kinds(questions: list[scenes.Question], right: list[bool]) -> str:
 class Exhibit:
     """What is asked about, and how the groups are chosen."""
 
-    rows: dict[tuple, Callable]  # (sparsity, name): of model, sample and sparsity
-    samples: Callable[[int], Iterator]
     what: str
-    seen: Callable[[int], list[scenes.Question]]  # questions of a training seed
+    make: Callable[[int], scenes.Scene]  # of a seed
+    rows: dict[tuple, Callable]  # (sparsity, name): of model, sample and sparsity
     columns: dict
     tables: Callable[[dict, list[str]], Iterator[str]]
 
@@ -550,16 +535,14 @@ def still_exhibit() -> Exhibit:
     rows = {(0, "dense"): dense}
     rows |= {(sparsity, name): choose for sparsity in SPARSITIES for name, choose in SELECTORS.items()}
     rows |= {(sparsity, fault): choose for sparsity in SPARSITIES[1:] for fault, choose in FAULTY.items()}
-    return Exhibit(rows, samples, "scenes", lambda seed: chosen(scenes.scene(seed), seed), COLUMNS, tables)
+    return Exhibit("scenes", scenes.scene, rows, COLUMNS, tables)
 
 
 def clip_exhibit() -> Exhibit:
     rows = {(0, "dense"): dense}
     pairs = product(CLIP_SPARSITIES, CLIP_SELECTORS.items())
     rows |= {(sparsity, name): choose for sparsity, (name, choose) in pairs if sparsity <= 0.75 or name not in WHOLE}
-    return Exhibit(
-        rows, clip_samples, "clips", lambda seed: clip_chosen(scenes.clip(seed), seed), CLIP_COLUMNS, clip_tables
-    )
+    return Exhibit("clips", four_moments, rows, CLIP_COLUMNS, clip_tables)
 
 
 def run(exhibit: Exhibit, count: int, checkpoint: str | Path) -> None:
@@ -568,7 +551,7 @@ def run(exhibit: Exhibit, count: int, checkpoint: str | Path) -> None:
     torch.set_num_threads(1)
     model = EPVLM.from_pretrained(checkpoint, device="cpu")
     tallies, questions, right = {row: Tally() for row in exhibit.rows}, [], []
-    for number, sample in enumerate(exhibit.samples(count), 1):
+    for number, sample in enumerate(samples(count, exhibit.make), 1):
         for (sparsity, name), choose in exhibit.rows.items():
             with warnings.catch_warnings(action="ignore"):  # of hot pixels
                 known = examine(model, choose, sample, sparsity, tallies[sparsity, name])
@@ -585,7 +568,8 @@ def run(exhibit: Exhibit, count: int, checkpoint: str | Path) -> None:
         print("\033[K", end="", file=sys.stderr)
     asked = ", ".join(f"{sum(map(belongs, questions))} {name}" for name, belongs in exhibit.columns.items())
     print(f"Questions about {number} held-out {exhibit.what}: {asked}.\nDense, right: {kinds(questions, right)}.")
-    seen = [question for seed in range(scenes.TRAIN, scenes.TRAIN + 500) for question in exhibit.seen(seed)]
+    trained = range(scenes.TRAIN, scenes.TRAIN + 500)
+    seen = [question for seed in trained for question in chosen(exhibit.make(seed), seed)]
     print(*("", *exhibit.tables(tallies, guesses(questions, seen, exhibit.columns))), sep="\n\n")
 
 

@@ -384,12 +384,12 @@ def write(made: Scene, image: Path, events: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = Parser("scenes", description="Writes a scene's frame and events, and prints its questions.")
     parser.add_argument("seed", type=int, help=f"of the scene; below {TRAIN} it is a held-out one")
-    parser.add_argument("--clip", action="store_true", help="several frames; --image is then a .webp")
-    parser.add_argument("--image", type=Path, default=Path("scene.png"))
+    parser.add_argument("--clip", action="store_true", help="several frames")
+    parser.add_argument("--image", type=Path, help="default: scene.png, of a clip clip.webp")
     parser.add_argument("--events", type=Path, default=Path("events.npy"))
     args = parser.parse_args(argv)
-    make = clip if args.clip else scene
-    return exit_status("scenes", lambda: write(make(args.seed), args.image, args.events))
+    make, name = (clip, "clip.webp") if args.clip else (scene, "scene.png")
+    return exit_status("scenes", lambda: write(make(args.seed), args.image or Path(name), args.events))
 
 
 if __name__ == "__main__":

@@ -127,11 +127,14 @@ def settings(tokens: Tokenizer) -> dict:
 
 def begin(folder: Path, start: Path | None = None) -> EPVLM:
     """The model with random weights, or with those of the checkpoint `start` and more words; its settings and tokenizer
-    are written into `folder`."""
+    are written into `folder`. Raises ValueError if another tokenizer is there."""
     known = start and EPVLM.from_pretrained(start, device="cpu", dtype="float32")
     folder.mkdir(parents=True, exist_ok=True)
     tokens, images = tokenizer(clips=start is not None), ImageConfig(max_pixels=224 * 224)
-    tokens.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer.json"
+    if path.exists() and Tokenizer.from_file(str(path)).to_str() != tokens.to_str():
+        raise ValueError(f"{path}: of another training; give --start as it was given then, or another folder")
+    tokens.save(str(path))
     limits = {"min_pixels": images.min_pixels, "max_pixels": images.max_pixels}
     for name, content in (("config", settings(tokens)), ("preprocessor_config", limits)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
@@ -359,8 +362,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="in all (default: 9000 on stills, 3200 on clips)")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate (default: %(default)s)")
     args = parser.parse_args(argv)
-    default = 3200 if args.start else 9000
-    steps = default if args.steps is None else args.steps
+    steps = (3200 if args.start else 9000) if args.steps is None else args.steps
     return exit_status("train_tiny", lambda: train(args.folder, steps, args.rate, args.start))
 
 

@@ -4,7 +4,7 @@ import math
 import re
 import subprocess
 import sys
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -32,8 +32,9 @@ from evidence import (
     ClipSample,
     Sample,
     change,
-    clip_samples,
     dense,
+    four_moments,
+    from_frame_to_frame,
     guesses,
     hot,
     rates,
@@ -55,7 +56,7 @@ def held_out(count: int) -> list[Sample]:
 
 
 def held_out_clips(count: int) -> list[ClipSample]:
-    return list(islice(clip_samples(10**6), count))
+    return list(islice(samples(10**6, four_moments), count))
 
 
 @pytest.mark.filterwarnings("ignore:.*20 pixels hold")
@@ -117,6 +118,9 @@ def test_what_clips_are_chosen_by(model):
         assert runs(made, 0.5)[t, row, column] == pytest.approx(np.abs(now[1] - before[0]).mean())
         for values in (change(made, 0.5), runs(made, 0.5)):
             assert values[0].min() > values[1:].max()
+        steps = [abs(a[cell] - b[cell]).sum() for a, b in pairwise(frames[2 * t - 1 : 2 * t + 2])]
+        assert from_frame_to_frame(made, 0.5)[t, row, column] == pytest.approx(max(steps))
+        assert from_frame_to_frame(made, 0.5)[0, row, column] == abs(frames[0][cell] - frames[1][cell]).sum()
         S = model.look(made.image, made.events).S
         assert np.allclose(rates(made) * made.image.size[0] * made.image.size[1], S)
         assert np.allclose(motion(rates(made), 1), rates(made))

@@ -260,14 +260,14 @@ def test_the_command_writes_both_files_and_prints_the_questions(tmp_path):
 
 def test_the_command_writes_a_clip(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert scenes.main(["8", "--clip", "--image", "a.webp", "--events", "b.npy"]) == 0
-    out, made, read = capsys.readouterr().out, clip(8), read_clip(Path("a.webp"))
+    assert scenes.main(["8", "--clip", "--events", "b.npy"]) == 0
+    out, made, read = capsys.readouterr().out, clip(8), read_clip(Path("clip.webp"))
     assert read.times.tolist() == [PERIOD * k for k in range(made.frames)]
     assert all(np.array_equal(read.frame(k), frame) for k, frame in enumerate(film(made)))
     assert len(read_events("b.npy")) == len(record(made)) and out.count("\n") == len(questions(made))
     assert scenes.main(["3", "--clip", "--image", "c.webp", "--events", "d.npy"]) == 2  # two frames are the same
     assert "give another seed" in capsys.readouterr().err
-    assert sorted(path.name for path in Path().iterdir()) == ["a.webp", "b.npy"]
+    assert sorted(path.name for path in Path().iterdir()) == ["b.npy", "clip.webp"]
 
 
 @pytest.mark.parametrize(

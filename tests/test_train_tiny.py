@@ -19,7 +19,7 @@ import scenes
 import train_tiny
 from common import ROOT, TINY
 from epvlm import EPVLM, Options, Sampling
-from evidence import ClipSample, Sample, answers, clip_samples, samples
+from evidence import ClipSample, Sample, answers, four_moments, samples
 from llm import prompt_ids
 from oracles import assert_close
 from scenes import questions, record, render, scene
@@ -37,7 +37,7 @@ def held_out(count: int) -> list[Sample]:
 
 
 def held_out_clips(count: int) -> list[ClipSample]:
-    return list(islice(clip_samples(10**6), count))
+    return list(islice(samples(10**6, four_moments), count))
 
 
 # What is shipped
@@ -174,6 +174,14 @@ def test_a_model_that_learns_clips_begins_with_what_it_knows(tmp_path):
     assert_close(after[:, moved], before[:, list(ids.values())])
 
 
+def test_a_run_that_goes_on_without_its_start_is_refused_and_left_as_it_is(tmp_path, capsys):
+    begin(tmp_path / "model", TINY)
+    written = (tmp_path / "model" / "tokenizer.json").read_bytes()
+    assert train_tiny.main([str(tmp_path), "--steps", "1"]) == 2
+    assert "give --start" in capsys.readouterr().err
+    assert (tmp_path / "model" / "tokenizer.json").read_bytes() == written and len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize("content", [b"", b"no state", b"PK"])
 def test_a_damaged_state_is_named(tmp_path, content):
     (tmp_path / "state.pt").write_bytes(content)
@@ -182,10 +190,9 @@ def test_a_damaged_state_is_named(tmp_path, content):
 
 
 @pytest.mark.parametrize("steps, rate", [(0, 1e-3), (5, 0), (5, math.nan)])
-def test_a_training_that_cannot_be_is_refused(tmp_path, steps, rate):
-    with pytest.raises(ValueError, match="give 1 or more"):
-        train_tiny.train(tmp_path / "run", steps, rate)
-    assert not list(tmp_path.iterdir())
+def test_a_training_that_cannot_be_is_refused(tmp_path, capsys, steps, rate):
+    assert train_tiny.main([str(tmp_path / "run"), "--steps", str(steps), "--rate", str(rate)]) == 2
+    assert "give 1 or more" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_things_are_added_when_every_kind_is_learned(tmp_path):
@@ -206,7 +213,7 @@ def test_things_are_added_when_every_kind_is_learned(tmp_path):
 
 
 def test_training_and_held_out_scenes_have_other_seeds(model):
-    for made in (samples(200), clip_samples(200)):
+    for made in (samples(200), samples(200, four_moments)):
         seeds = [each.seed for each in made]
         assert len(set(seeds)) == len(seeds) and max(seeds) < scenes.TRAIN
     shown = train_tiny.stills(model, scenes.TRAIN, STILLS[-1])
