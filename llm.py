@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from events import need
 from rope2d import cos_sin, rotate
 
 SYSTEM = "You are a helpful assistant."  # the system turn of the published models
@@ -240,7 +239,8 @@ def generate(decoder: Decoder, hidden: Tensor, positions: Tensor, cache: KVCache
     hidden, position = decoder(hidden, positions, cache, wanted=1), positions[:, -1:]
     while True:
         logits = decoder.logits(hidden[0, -1])
-        need(logits.isfinite().all(), f"scores in {hidden.dtype} are not finite; try a wider dtype, or another model")
+        if not logits.isfinite().all():
+            raise ValueError(f"scores in {hidden.dtype} are not finite; try a wider dtype, or another model")
         yield (token := choose(logits))
         position = position + 1
         hidden = decoder(decoder.embed(torch.tensor([[token]])), position, cache)

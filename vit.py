@@ -28,7 +28,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from events import need
 from rope2d import cos_sin, group_order, pack, rope_2d, rotate
 
 
@@ -68,8 +67,10 @@ def smart_resize(height: int, width: int, factor: int, limits: ImageConfig) -> t
     to even: factor 28 takes 42 to 56 and 70 to 56. Raises ValueError if one side is over 200 times the other, or if the
     limits are below 1 or in the wrong order. Source: smart_resize in transformers' image_processing_qwen2_vl.py."""
     low, high, least, most = limits.min_pixels, limits.max_pixels, *sorted((height, width))
-    need(0 < most <= 200 * least, f"an image of {width} x {height} pixels has sides over 200 : 1; crop it")
-    need(0 < low <= high, f"min_pixels {low} must be at least 1 and at most max_pixels {high}; change one")
+    if not 0 < most <= 200 * least:
+        raise ValueError(f"an image of {width} x {height} pixels has sides over 200 : 1; crop it")
+    if not 0 < low <= high:
+        raise ValueError(f"min_pixels {low} must be at least 1 and at most max_pixels {high}; change one")
     h, w = (round(side / factor) * factor for side in (height, width))
     if h * w > high:
         beta = math.sqrt(height * width / high)
@@ -85,7 +86,8 @@ def read_image(image: str | Path | BinaryIO | Image.Image) -> Image.Image:
     white. Raises ValueError that names a file that is no whole image. Warns of grey that `eight_bits` scales."""
     name = str(image) if isinstance(image, str | Path) else "the image"
     try:
-        need(not isinstance(image, str | Path) or Path(image).is_file(), "there is no such file")
+        if isinstance(image, str | Path) and not Path(image).is_file():
+            raise ValueError("there is no such file")
         image = ImageOps.exif_transpose(image if isinstance(image, Image.Image) else Image.open(image))
         if image.mode[0] in "IF":  # grey of 16 bits; some formats open as 32
             image = eight_bits(image, name)
@@ -102,7 +104,8 @@ def eight_bits(image: Image.Image, name: str) -> Image.Image:
     """Wide grey scaled to 8 bits by the fewest of 8, 10, 12, 14 and 16 bits that hold its largest value: scientific
     cameras store 10 or 12 bits in files of 16. A warning says how many. Raises ValueError for other values."""
     grey = np.asarray(image)
-    need(image.mode != "F" and 0 <= grey.min() <= grey.max() <= 65535, "grey of unknown range")
+    if image.mode == "F" or not 0 <= grey.min() <= grey.max() <= 65535:
+        raise ValueError("grey of unknown range")
     bits = next(bits for bits in (8, 10, 12, 14, 16) if grey.max() < 2**bits)
     warnings.warn(f"{name}: grey values up to {grey.max()}, read as {bits} bits", stacklevel=3)
     scaled = Image.fromarray((grey.astype(np.int64) * 255 // (2**bits - 1)).astype(np.uint8))
@@ -126,7 +129,8 @@ class Clip:
             times, count = np.array([] if self.times is None else self.times, dtype=np.float64), len(self.frames)
             object.__setattr__(self, "times", times)
             rising = times.shape == (count,) != (0,) and np.isfinite(times).all() and (np.diff(times) > 0).all()
-            need(rising, f"{count} frames, {times.size} times; give as many, and rising times")
+            if not rising:
+                raise ValueError(f"{count} frames, {times.size} times; give as many, and rising times")
 
     @classmethod
     def of(cls, image) -> "Clip":
@@ -136,7 +140,8 @@ class Clip:
     @classmethod
     def at_rate(cls, frames: Sequence[str | Path | Image.Image], fps: float) -> "Clip":
         """Frames at `fps` a second, the first at 0."""
-        need(1e-3 <= fps <= 1e6, f"fps {fps:g}: give 0.001 to 1000000")
+        if not 1e-3 <= fps <= 1e6:
+            raise ValueError(f"fps {fps:g}: give 0.001 to 1000000")
         return cls(frames, np.arange(len(frames)) * 1e6 / fps, clock=f" at {fps:g} a second")
 
     def __str__(self) -> str:
@@ -177,7 +182,8 @@ class Clip:
             return replace(self, window=window)
         first, last = self.times.searchsorted(window[0]), self.times.searchsorted(window[1], side="right")
         told = "{:.16g} to {:.16g} us, they go from {:.16g} to {:.16g} us".format(*window, *self.times[[0, -1]])
-        need(first < last, f"no frame from {told}; change window")
+        if first >= last:
+            raise ValueError(f"no frame from {told}; change window")
         return replace(self, frames=self.frames[first:last], times=self.times[first:last], window=window)
 
     def frame(self, number: int) -> Image.Image:
@@ -190,7 +196,8 @@ class Clip:
         told = "{} x {} pixels of {} bits"
         now, first = (told.format(*each.size, each.info.get("bits", 8)) for each in (image, self.first))
         name = source if isinstance(source, str | Path) else f"frame {number + 1}"
-        need(now == first, f"{name}: {now}, the first has {first}; give frames of one size, scaled alike")
+        if now != first:
+            raise ValueError(f"{name}: {now}, the first has {first}; give frames of one size, scaled alike")
         return image
 
     @cached_property
