@@ -328,9 +328,12 @@ def check_hot(name: str, count: np.ndarray) -> None:
 
 def check_times(events: Events, time_unit: str | None) -> None:
     """Warns of times that seem to be of another unit."""
+    short = 1e6 if events.t.dtype.kind == "f" else 100
+    if time_unit is not None or len(events) < 2 or abs(float(events.t[-1]) - float(events.t[0])) >= short:
+        return  # the span takes two passes
     span = events.span[1] - events.span[0]
-    parts = span < 1e6 and fractions(events.t)
-    if time_unit is None and len(events) > 1 and span < (1e6 if parts else 100):
+    parts = span < short and fractions(events.t)
+    if span < (1e6 if parts else 100):
         doubt = f"times {'have fractions and ' * parts}span only {span:.6g}; taken as microseconds"
         remedy = "if they are not, give time_unit s, ms or ns (us silences this)"
         warnings.warn(f"{events.name}: {doubt}, {remedy}", stacklevel=3)
