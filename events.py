@@ -69,7 +69,10 @@ class Events:
     @cached_property
     def span(self) -> tuple[float, float]:
         """First and last time, in microseconds."""
-        return (float(self.t.min()), float(self.t.max())) if len(self) else (0.0, 0.0)
+        if not len(self):
+            return 0.0, 0.0
+        first, last = self.t[[0, -1]] if self.in_order else (self.t.min(), self.t.max())
+        return float(first), float(last)
 
     @cached_property
     def extent(self) -> tuple[int, int, int, int]:

@@ -66,9 +66,9 @@ def smart_resize(height: int, width: int, factor: int, limits: ImageConfig) -> t
     """The model's input size (H, W) for an image, in pixels: multiples of `factor`, area within the limits. Rounds half
     to even: factor 28 takes 42 to 56 and 70 to 56. Raises ValueError if one side is over 200 times the other, or if the
     limits are below 1 or in the wrong order. Source: smart_resize in transformers' image_processing_qwen2_vl.py."""
-    low, high, least, most = limits.min_pixels, limits.max_pixels, *sorted((height, width))
-    if not 0 < most <= 200 * least:
+    if not 0 < max(height, width) <= 200 * min(height, width):
         raise ValueError(f"an image of {width} x {height} pixels has sides over 200 : 1; crop it")
+    low, high = limits.min_pixels, limits.max_pixels
     if not 0 < low <= high:
         raise ValueError(f"min_pixels {low} must be at least 1 and at most max_pixels {high}; change one")
     h, w = (round(side / factor) * factor for side in (height, width))
@@ -181,8 +181,8 @@ class Clip:
         if self.still or window is None:
             return replace(self, window=window)
         first, last = self.times.searchsorted(window[0]), self.times.searchsorted(window[1], side="right")
-        told = "{:.16g} to {:.16g} us, they go from {:.16g} to {:.16g} us".format(*window, *self.times[[0, -1]])
         if first >= last:
+            told = "{:.16g} to {:.16g} us, they go from {:.16g} to {:.16g} us".format(*window, *self.times[[0, -1]])
             raise ValueError(f"no frame from {told}; change window")
         return replace(self, frames=self.frames[first:last], times=self.times[first:last], window=window)
 
@@ -195,8 +195,8 @@ class Clip:
             image = read_image(source() if callable(source) else source)
         told = "{} x {} pixels of {} bits"
         now, first = (told.format(*each.size, each.info.get("bits", 8)) for each in (image, self.first))
-        name = source if isinstance(source, str | Path) else f"frame {number + 1}"
         if now != first:
+            name = source if isinstance(source, str | Path) else f"frame {number + 1}"
             raise ValueError(f"{name}: {now}, the first has {first}; give frames of one size, scaled alike")
         return image
 

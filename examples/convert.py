@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from common import Parser, check_output, exit_status, reading, save_events, warnings_as_lines
-from dsec import Rectification, read_rectification
+from dsec import OTHER, Rectification, read_rectification
 from epvlm import ORDERS, Options, microseconds, window_of
 from events import LAYOUTS, MICROSECONDS, NAMES, Events, check_events, find_order, fractions, load, need
 
@@ -140,7 +140,7 @@ def read_hdf5(path: Path, args: argparse.Namespace) -> Iterator[Events]:
     import h5py
 
     with h5py.File(path) as file:
-        nodes, other = [file], {"left": "right", "right": "left"}[args.camera]
+        nodes, other = [file], OTHER[args.camera]
         file.visititems(lambda name, node: nodes.append(node))
         tables = {node.name: table for node in nodes if (table := find_table(node, args.order))}
         mine = [name for name in tables if other not in name.split("/")]

@@ -17,6 +17,8 @@ import numpy as np
 from common import reading
 from events import Events, land, need
 
+OTHER = {"left": "right", "right": "left"}  # camera
+
 
 @dataclass(frozen=True, eq=False)
 class Rectification:
@@ -48,7 +50,7 @@ def at_infinity(calibration: dict, camera: str) -> np.ndarray:
 def read_rectification(map: Path, calibration: Path, camera: str) -> Rectification:
     """From rectify_map.h5 and cam_to_cam.yaml. Raises ValueError that names the file. Warns of a map that seems to be
     of the other camera."""
-    other, words = {"left": "right", "right": "left"}[camera], re.split(r"[^a-z]+", str(map.resolve()).lower())
+    other, words = OTHER[camera], re.split(r"[^a-z]+", str(map.resolve()).lower())
     if other in words and camera not in words:
         warnings.warn(f"{map}: is it the {other} camera's? camera is {camera}", stacklevel=2)
     with reading(map):
