@@ -500,7 +500,7 @@ def in_microseconds(words: np.ndarray, name: str | Path) -> tuple[np.ndarray, st
     return np.round(times * (1 if whole else 1e6), 3), f" at times in {'microseconds' if whole else 'seconds'}"
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, load: Callable) -> None:
     """The command line's work. What is small is read first: a mistake there should not wait for a download."""
     if hasattr(sys.stdout, "reconfigure"):  # answers are UTF-8, whatever the locale
         sys.stdout.reconfigure(encoding="utf-8")
@@ -508,7 +508,7 @@ def run(args: argparse.Namespace) -> None:
         image, options, sampling = read_input(args), chosen(args, Options), chosen(args, Sampling)
         events = None if args.events == "none" else read_events(args.events, options.order, options.time_unit)
         need(args.question is not None or (sys.stdin and (sys.stdin.isatty() or sys.stdin.buffer.peek())), NO_QUESTION)
-        model = EPVLM.from_pretrained(args.model, args.revision, args.device, args.dtype)
+        model = load(args.model, args.revision, args.device, args.dtype)
         start = time.perf_counter()
         view = model.look(image, events, options)
         flops = model.flops(view, args.question or "")
@@ -584,8 +584,8 @@ def show_progress(model: EPVLM) -> None:
     hooks = [layer.register_forward_hook(lambda *_, n=n: count(n)) for n, layer in enumerate(layers, 1)]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Answers questions about an image; returns the exit status."""
+def main(argv: list[str] | None = None, load: Callable = EPVLM.from_pretrained) -> int:
+    """Answers questions about an image; returns the exit status. load: what makes the model of the flags."""
     parser = argparse.ArgumentParser("epvlm", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.error = lambda text: parser.exit(2, f"epvlm: error: {' '.join(text.split())} (--help lists the options)\n")
     add_input(parser)
@@ -594,7 +594,8 @@ def main(argv: list[str] | None = None) -> int:
     add_model(parser)
     add_flags(parser, Options)
     add_flags(parser, Sampling)
-    return exit_status("epvlm", lambda: run(parser.parse_intermixed_args(argv)))  # the question may follow options
+    # intermixed: the question may follow options
+    return exit_status("epvlm", lambda: run(parser.parse_intermixed_args(argv), load))
 
 
 if __name__ == "__main__":

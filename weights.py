@@ -67,9 +67,10 @@ class Checkpoint:
     usual_system: bool = True  # the chat template, if there is one, has SYSTEM as its system turn
 
 
-def load(model: str | Path, revision: str | None = None, device=None, dtype=None) -> Checkpoint:
+def load(model: str | Path, revision: str | None = None, device=None, dtype=None, change=None) -> Checkpoint:
     """A checkpoint from a folder, or from the hub's repository of that name, whose weights are fetched only when its
-    settings are found to fit. Parameters: see `EPVLM.from_pretrained`. Raises ValueError that names the fault."""
+    settings are found to fit. change: see `read_tensors`; the others: see `EPVLM.from_pretrained`. Raises ValueError
+    that names the fault."""
     kind = str(dtype).removeprefix("torch.")
     need(kind in ("None", *DTYPES), f"dtype {kind!r}", "not one to compute in", f"give one of {', '.join(DTYPES)}")
     try:
@@ -90,10 +91,9 @@ def load(model: str | Path, revision: str | None = None, device=None, dtype=None
     if folder != Path(os.path.expanduser(model)):  # the hub's: its folder is named by the commit
         download(str(model), folder.name, [path.name for path in shards(folder)])
     shapes = {name: tuple(tensor.shape) for name, tensor in published(vit, llm).items()}
-    tensors = read_tensors(folder, shapes, llm.config.tie_word_embeddings, DTYPES.get(kind), device)
-    for module, prefix in ((vit, "visual."), (llm, "")):
+    tensors = read_tensors(folder, shapes, DTYPES.get(kind), device, change)
+    for module, prefix in ((vit.requires_grad_(False).eval(), "visual."), (llm.requires_grad_(False).eval(), "")):
         module.load_state_dict({name: tensors[prefix + name] for name in module.state_dict()}, assign=True)
-        module.requires_grad_(False).eval()
     return Checkpoint(vit, llm, tokenizer, image_config, ends, penalty, usual_system)
 
 
@@ -305,11 +305,12 @@ def shards(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_tensors(folder: Path, shapes: dict[str, tuple], tied: bool, dtype=None, device="cpu") -> dict[str, Tensor]:
+def read_tensors(folder: Path, shapes: dict[str, tuple], dtype=None, device="cpu", change=None) -> dict[str, Tensor]:
     """Every tensor of the checkpoint by its published name, all checked against `shapes` before one is converted. They
     are memory-mapped and used as they lie: nothing is copied where the file has the dtype asked for (None: that of its
-    embedding) and the device is the CPU. Else they are converted one by one. Raises ValueError that names a misfit."""
-    stored, spelt = {}, {}  # by published name: the tensor, and its file and name there
+    embedding) and the device is the CPU. Else they are converted one by one, and `change`, a function of name and
+    tensor, returns what is held instead (examples/int8.py). Raises ValueError that names a misfit."""
+    stored, spelt, tied = {}, {}, HEAD not in shapes  # by published name: the tensor, and its file and name there
     for path in shards(folder):
         for name, tensor in read_file(path, load_file, "a safetensors file", 2**40).items():
             newer = next(filter(name.startswith, RENAMED), "")
@@ -323,10 +324,12 @@ def read_tensors(folder: Path, shapes: dict[str, tuple], tied: bool, dtype=None,
     dtype, tensors = dtype or stored[EMBEDDING].dtype, {}
     for name in shapes:
         tensors[name] = stored.pop(name)
-        if tensors[name].dtype != dtype or torch.device(device).type != "cpu":
+        if change or tensors[name].dtype != dtype or torch.device(device).type != "cpu":
             path, name_there = spelt[name]
             with safe_open(path, "pt") as file:  # a mapping of its own, given back at once: two copies are never held
                 tensors[name] = file.get_tensor(name_there).to(device, dtype)
+                if change:
+                    tensors[name] = change(name, tensors[name])
     return tensors
 
 

@@ -342,7 +342,7 @@ def mappings(path: Path) -> list[tuple[int, int]]:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
 def test_tensors_are_used_where_the_file_is_mapped(folder):
     shapes = {name: tuple(tensor.shape) for name, tensor in published(*build(folder)).items()}
-    tensors = read_tensors(folder, shapes, tied=True)
+    tensors = read_tensors(folder, shapes)
     ranges = mappings(folder / WEIGHTS)
     assert all(any(low <= tensor.data_ptr() < high for low, high in ranges) for tensor in tensors.values())
     assert set(tensors) == set(shapes)
@@ -361,9 +361,9 @@ def test_of_converted_tensors_no_mapping_is_left(tmp_path, tied):
     index = json.loads((tmp_path / INDEX).read_text())["weight_map"]
     edit(tmp_path / INDEX, weight_map={RENAMED["newer"](name) if tied else name: index[name] for name in index})
     shapes = {name: tuple(tensor.shape) for name, tensor in published(*build(tmp_path)).items()}
-    converted = read_tensors(tmp_path, shapes, tied, dtype=torch.bfloat16)
+    converted = read_tensors(tmp_path, shapes, dtype=torch.bfloat16)
     assert len(files) > 1 and not any(map(mappings, files))
-    expected = read_tensors(tmp_path, shapes, tied)
+    expected = read_tensors(tmp_path, shapes)
     assert all(map(mappings, files))
     assert all(torch.equal(converted[name], expected[name].bfloat16()) for name in shapes)
 
