@@ -3,13 +3,14 @@
     python tests/scripts/random_checkpoint.py 2B /tmp/random-2B --tokenizer path/to/tokenizer.json
     python tests/scripts/bench_transformers.py /tmp/random-2B
 
-Both run in one process, in turn, `--rounds` times; the table, in Markdown on standard output, has the medians and the
-median of the ratios. Ours is timed from image and event map to the first token, the choice of patches included;
-transformers (sdpa) from patches that are ready. Loading is timed from the start of a fresh process to its first token,
-with the weights in the page cache. Nothing but the benchmark should use the processors: the share of others is
-measured, and from 5 % on the program refuses to begin, unless --busy.
+All run in one process, in turn, `--rounds` times; the tables, in Markdown on standard output, have the medians and the
+medians of the rounds' ratios. Ours is timed from image (or frames) and events to the first token, the choice of patches
+included; transformers (sdpa), always dense, from patches that are ready. Beside ours stands the limit: the products of
+the same first token alone, on the same weights, which do not stay in the cache. What is above its aim gets a profile.
 
-Limits, measured in the same run: what products, attention and reading memory reach here at best.
+On the CPU the int8 weights of examples/int8.py run too, and fresh processes, which are timed from their start to their
+first token, with the weights in the page cache. Nothing but the benchmark should use the processors: the share that
+others use is measured, and from 5 % on the program refuses to begin, unless --busy.
 """
 
 import argparse
@@ -19,58 +20,165 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from epvlm import EPVLM, Options, Sampling, View
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[2]
-QUESTION = "What is moving?"
+sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT))
+
+import int8
+from bench_clip import inputs as clip_inputs
+from common import markdown
+from epvlm import EPVLM, Options, Sampling, View
+from vit import ROWS, SCORES
+
+QUESTION, LATER = "What is moving?", "And in which direction does the thing on the left move?"
 TOKENS = 16  # decoded
-SPARSITIES = (0.5, 0.7)
-TARGETS = {("dense", 1024): 0.90, (0.5, 1024): 0.45, (0.7, 1024): 0.28, ("dense", 4096): 0.85, (0.5, 4096): 0.36,
-           (0.7, 4096): 0.19}  # fmt: skip
+CLIP = "8 frames"  # of 448 x 448 pixels
+DECODING, START, MEMORY = "≥ 1.15", "≤ 0.80", "weights + 0.45"  # aims; for the first token see `cases`
+INT8_DECODING, INT8_FIRST, INT8_MEMORY = "≥ 1.60", "≤ 1.15", "≤ 0.60"
 
 
-def inputs(patches: int) -> tuple[Image.Image, np.ndarray]:
-    """A square image of so many patches, and an event map in which no two cells have the same motion."""
-    side = 14 * round(patches**0.5)
-    rng = np.random.default_rng(0)
+@dataclass(frozen=True)
+class Case:
+    """A first token of ours, beside a dense one of transformers."""
+
+    shown: int | str  # so many patches, or CLIP
+    sparsity: float
+    rule: str = "exact"
+    aim: float | None = field(default=None, compare=False)  # of the ratio
+
+    def __str__(self) -> str:
+        shown = f"{self.shown} patches" if self.shown != CLIP else CLIP
+        how = f"sparsity {self.sparsity}" if self.sparsity else "dense"
+        return f"{shown}, {how}{', cover' * (self.rule == 'cover')}"
+
+
+AIMS = {1024: (0.90, 0.45, 0.29), 4096: (0.82, 0.34, 0.185), CLIP: (0.85, 0.45, 0.21)}
+
+
+def cases(shown: int | str) -> list[Case]:
+    dense, half, most = AIMS.get(shown, (None,) * 3)
+    sparsest = Case(shown, 0.8 if shown == CLIP else 0.7, aim=most)
+    return [Case(shown, 0, aim=dense), Case(shown, 0.5, aim=half), Case(shown, 0.5, "cover", half), sparsest]
+
+
+@cache
+def inputs(shown: int | str) -> tuple:
+    """An image of noise and an event map in which no two cells have the same motion; or a clip and a million events."""
+    if shown == CLIP:
+        return clip_inputs(1_000_000)
+    side, rng = 14 * round(shown**0.5), np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
     return image, rng.random((side // 28, side // 28)).repeat(28, 0).repeat(28, 1)
 
 
+def seconds(work: Callable[[], object], device: str = "cpu") -> float:
+    synchronise = torch.cuda.synchronize if device.startswith("cuda") else int
+    synchronise()
+    start = time.perf_counter()
+    work()
+    synchronise()
+    return time.perf_counter() - start
+
+
+def peak(first: Callable, shown) -> str:
+    """GiB that a GPU needs for it, besides what it holds already."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    first(shown)
+    return f"{(torch.cuda.max_memory_allocated() - before) / 2**30:.2f}"
+
+
 class Ours:
-    def __init__(self, checkpoint: str, dtype: str, device: str):
-        self.model = EPVLM.from_pretrained(checkpoint, device=device, dtype=dtype)
+    def __init__(self, model: EPVLM):
+        self.model, self.device = model, str(model.weight.device)
         self.model.ends = set()  # random weights may say anything
 
-    def first(self, patches: int, sparsity: float) -> float:
-        """Seconds of one run to the first token."""
-        image, E_v = inputs(patches)
-        start = time.perf_counter()
-        next(self.model.tokens(self.look(image, E_v, sparsity), QUESTION, Sampling(max_new_tokens=1)))
-        return time.perf_counter() - start
+    def look(self, case: Case) -> View:
+        image, events = inputs(case.shown)
+        options = Options(sparsity=case.sparsity, rule=case.rule, max_pixels=None if case.shown == CLIP else 10**9)
+        return self.model.look(image, events if case.sparsity else None, options)
 
-    def look(self, image: Image.Image, E_v: np.ndarray, sparsity: float) -> View:
-        return self.model.look(image, E_v if sparsity else None, Options(sparsity=sparsity, max_pixels=10**9))
+    def answer(self, view: View, question: str = QUESTION) -> int:
+        return next(self.model.tokens(view, question, Sampling(max_new_tokens=1)))
 
-    def flops(self, patches: int, sparsity: float) -> int:
-        return self.model.flops(self.look(*inputs(patches), sparsity), QUESTION)[0]
+    def first(self, case: Case) -> float:
+        return seconds(lambda: self.answer(self.look(case)), self.device)
 
-    def decode(self, patches: int) -> float:
+    def later(self, view: View) -> float:
+        """Of a question about a view that has been read."""
+        return seconds(lambda: self.answer(view, LATER), self.device)
+
+    def decode(self, case: Case) -> float:
         """Median seconds of a token after the first."""
-        times, view = [], self.look(*inputs(patches), 0)
-        for _ in self.model.tokens(view, QUESTION, Sampling(max_new_tokens=1 + TOKENS)):
-            times.append(time.perf_counter())
-        return statistics.median(np.diff(times))
+        ids = self.model.tokens(self.look(case), QUESTION, Sampling(max_new_tokens=1 + TOKENS))
+        return statistics.median(np.diff([time.perf_counter() for _ in ids]))
+
+    @torch.inference_mode()
+    def limit(self, view: View) -> float:
+        """Seconds of a first token's products alone, made in the same calls."""
+        model, length = self.model, len(self.model.prompt(view, QUESTION)[0])
+        some = cache(lambda *shape: torch.rand(shape).to(model.weight))  # so that only weights are cold
+        rows, work = {"blocks": len(view.patches), "merger": view.tokens, "layers": length}, []
+        *_, last = model.llm.model["layers"]
+        alone = [last.self_attn.q_proj, last.self_attn.o_proj, *last.mlp.children()]  # of the last token alone
+        for name, linear in (*model.vit.named_modules(), *model.llm.named_modules()):
+            if isinstance(linear, nn.Linear) and not name.startswith("lm_head"):
+                count = 2 if linear in alone else next(rows[part] for part in name.split(".") if part in rows)
+                x = some(count, linear.in_features).split(ROWS if "fc" in name else count)
+                work += [(F.linear, part, linear.weight) for part in x]
+        vision, text = model.vit.config, model.llm.config
+        for n in vision.depth * [n for n in view.keep.flatten(1).sum(dim=1).tolist() if n]:
+            for q in some(vision.num_heads, n, vision.embed_dim // vision.num_heads).split(torch.get_num_threads()):
+                for part in q.split(max(1, SCORES // n), dim=1):
+                    work += [(torch.bmm, part, q.mT), (torch.bmm, some(*part.shape[:2], n), q)]
+        q = some(1, text.num_attention_heads, length, text.head_dim)
+        work += [(causal, q, q)] * (text.num_hidden_layers - 1) + [(F.linear, some(2, text.hidden_size), self.head())]
+        return seconds(lambda: each(work), self.device)
+
+    def head(self) -> torch.Tensor:
+        llm = self.model.llm
+        return (llm.model["embed_tokens"] if llm.config.tie_word_embeddings else llm.lm_head).weight
+
+    @torch.inference_mode()
+    def decode_limit(self) -> float:
+        """The same of a token after the first: of one row, doubled."""
+        layers = [each.weight for each in self.model.llm.model["layers"].modules() if isinstance(each, nn.Linear)]
+        work = [(F.linear, torch.rand(2, weight.shape[1]).to(weight), weight) for weight in (*layers, self.head())]
+        return seconds(lambda: each(work), self.device)
+
+    def profile(self, case: Case) -> list[list[str]]:
+        """Where the milliseconds of a first token go, by torch's operations."""
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.device.startswith("cuda")
+        with profile(activities=activities) as found:
+            self.first(case)
+        key = "self_device_time_total" if self.device.startswith("cuda") else "self_cpu_time_total"
+        spent = Counter({each.key.removeprefix("aten::"): getattr(each, key) / 1000 for each in found.key_averages()})
+        whole = spent.total()
+        rows = [[name, f"{ms:.0f}", f"{ms / whole:.1%}"] for name, ms in spent.most_common(8)]
+        others = whole - sum(ms for _, ms in spent.most_common(8))
+        return [*rows, ["all others", f"{others:.0f}", f"{others / whole:.1%}"]]
+
+
+def each(products: list[tuple]) -> None:
+    for product, x, w in products:
+        product(x, w)  # and lets go of it, as a layer does
+
+
+def causal(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, k, is_causal=True)
 
 
 class Theirs:
@@ -82,26 +190,25 @@ class Theirs:
         self.model = load(checkpoint, dtype=kind, attn_implementation="sdpa").to(device).eval()
         self.ours, self.device = ours, device
 
-    def given(self, patches: int) -> dict:
-        view = self.ours.look(*inputs(patches), 0)
+    def given(self, shown: int | str) -> dict:
+        view = self.ours.look(Case(shown, 0))
         ids = self.ours.model.prompt(view, QUESTION)[0][None].to(self.device)
+        pixels, kind, code = ("pixel_values_videos", "video", 2) if shown == CLIP else ("pixel_values", "image", 1)
         return {
             "input_ids": ids,
             "attention_mask": torch.ones_like(ids),
-            "mm_token_type_ids": (ids == self.model.config.image_token_id).int(),
-            "pixel_values": view.patches.to(self.device, self.model.dtype),
-            "image_grid_thw": torch.tensor([view.keep.shape], device=self.device),
+            "mm_token_type_ids": code * (ids == view.pad).int(),
+            pixels: view.patches.to(self.device, self.model.dtype),
+            f"{kind}_grid_thw": torch.tensor([view.keep.shape], device=self.device),
             "do_sample": False,
             "eos_token_id": None,
         }
 
-    def first(self, patches: int) -> float:
-        given = self.given(patches)
-        start = time.perf_counter()
-        self.model.generate(**given, max_new_tokens=1)
-        return time.perf_counter() - start
+    def first(self, shown: int | str) -> float:
+        given = self.given(shown)
+        return seconds(lambda: self.model.generate(**given, max_new_tokens=1), self.device)
 
-    def decode(self, patches: int) -> float:
+    def decode(self, shown: int) -> float:
         class Watch:
             def __init__(self):
                 self.times = []
@@ -113,44 +220,23 @@ class Theirs:
                 pass
 
         watch = Watch()
-        self.model.generate(**self.given(patches), max_new_tokens=1 + TOKENS, streamer=watch)
+        self.model.generate(**self.given(shown), max_new_tokens=1 + TOKENS, streamer=watch)
         return statistics.median(np.diff(watch.times[1:]))  # the first is the prompt's own
 
 
-def limits(dtype: str) -> dict[str, float]:
-    """GFLOP/s of products and of fused attention, GB/s of a one-row product and of reading, at 2B's shapes."""
-    kind = getattr(torch, dtype)
-    x, w = torch.randn(1024, 1280).to(kind), torch.randn(5120, 1280).to(kind)
-    q = torch.randn(1, 16, 2048, 80).to(kind)
-    rows, many = torch.randn(1, 1536).to(kind), [torch.randn(8960, 1536).to(kind) for _ in range(12)]
-    size = sum(weight.numel() * weight.element_size() for weight in many) / 1e9
-    return {
-        "products, GFLOP/s": 2 * 1024 * 1280 * 5120 / 1e9 / clock(lambda: F.linear(x, w)),
-        "fused attention, GFLOP/s": 4 * 2048**2 * 1280 / 1e9 / clock(lambda: F.scaled_dot_product_attention(q, q, q)),
-        "one-row product, GB/s": size / clock(lambda: [F.linear(rows, weight) for weight in many]),
-        "two-row product, GB/s": size / clock(lambda: [F.linear(rows.expand(2, -1), weight) for weight in many]),
-        "reading, GB/s": size / clock(lambda: [weight.view(torch.int64).max() for weight in many]),
-    }
-
-
-def clock(work) -> float:
-    times = []
-    for _ in range(9):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 OURS = """
-import sys; sys.path.insert(0, sys.argv[1])
+import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + "/examples"]
 import numpy as np, time, torch
 from PIL import Image
 torch.set_num_threads(int(sys.argv[5]))
 from epvlm import EPVLM, Options
-model = EPVLM.from_pretrained(sys.argv[2], device="cpu", dtype=sys.argv[3])
-given = np.load(sys.argv[4])
-view = model.look(Image.fromarray(given["image"]), None, Options(max_pixels=10**9))
+if sys.argv[6] == "int8":
+    from int8 import load
+else:
+    load = lambda model: EPVLM.from_pretrained(model, device="cpu", dtype=sys.argv[3])
+model, given, sparsity = load(sys.argv[2]), np.load(sys.argv[4]), float(sys.argv[7])
+options = Options(sparsity, max_pixels=10**9)
+view = model.look(Image.fromarray(given["image"]), given["events"] if sparsity else None, options)
 next(model.tokens(view, "What is moving?"))
 print(time.time(), *[line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")])
 """
@@ -170,11 +256,12 @@ print(time.time(), *[line.split()[1] for line in open("/proc/self/status") if li
 """
 
 
-def fresh(script: str, checkpoint: str, dtype: str, given: Path) -> tuple[float, float]:
+def fresh(script: str, checkpoint: str, dtype: str, given: Path, *how: str) -> tuple[float, float]:
     """Seconds from the start of a process to its first token, and its peak resident memory in GiB."""
-    command = [sys.executable, "-c", script, str(ROOT), checkpoint, dtype, str(given), str(torch.get_num_threads())]
+    threads = str(torch.get_num_threads())
+    command = [sys.executable, "-c", script, str(ROOT), checkpoint, dtype, str(given), threads, *how]
     start = time.time()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     end, peak = map(float, done.stdout.split())
     return end - start, peak / 2**20
 
@@ -213,78 +300,135 @@ def main() -> int:
     if (share := watch.others()) >= 0.05 and not args.busy:
         print(f"other processes use {share:.0%} of the processors; stop them, or say --busy", file=sys.stderr)
         return 2
-    told, noise = bench(args, watch)
-    print("\n".join(told))
-    print(f"\nShare of other processes by round: at most {max(noise):.1%}, median {statistics.median(noise):.1%}.")
+    noise = []
+    for lines in bench(args, watch, noise):
+        print(lines, end="\n\n", flush=True)
+    print(f"Share of other processes by round: at most {max(noise):.1%}, median {statistics.median(noise):.1%}.")
     return 0
 
 
-def bench(args, watch: Watch) -> tuple[list[str], list[float]]:
-    ours = Ours(args.checkpoint, args.dtype, args.device)
+def bench(args, watch: Watch, noise: list[float]) -> Iterator[str]:
+    ours = Ours(EPVLM.from_pretrained(args.checkpoint, device=args.device, dtype=args.dtype))
     theirs = Theirs(args.checkpoint, args.dtype, args.device, ours)
-    found, noise = defaultdict(list), []
-    view = ours.look(*inputs(1024), 0)
-    folder = tempfile.TemporaryDirectory()
-    file = Path(folder.name) / "given.npz"
-    ids = ours.model.prompt(view, QUESTION)[0]
-    np.savez(file, image=np.asarray(inputs(1024)[0]), ids=ids, patches=view.patches, grid=view.keep.shape)
+    small = Ours(int8.load(args.checkpoint)) if args.device == "cpu" else None
+    compared, found = [case for shown in (*args.patches, CLIP) for case in cases(shown)], defaultdict(list)
+    usual = Case(args.patches[0], 0.5)
+    views = {case: ours.look(case) for case in compared}
+    read = {model: model.model.read(model.look(usual)) for model in filter(None, (ours, small))}
     for number in range(-1, args.rounds):  # the first warms up
-        for patches in args.patches:
-            for sparsity in (0, *SPARSITIES):
-                found[patches, sparsity].append(ours.first(patches, sparsity))
-            found[patches, "theirs"].append(theirs.first(patches))
-        found["decode", "ours"].append(ours.decode(args.patches[0]))
-        found["decode", "theirs"].append(theirs.decode(args.patches[0]))
-        for name, value in limits(args.dtype).items() if args.device == "cpu" else ():
-            found["limit", name].append(value)
+        for case in compared:
+            found[case].append(ours.first(case))
+            found["limit", case].append(ours.limit(views[case]))
+        for shown in dict.fromkeys(case.shown for case in compared):
+            found["theirs", shown].append(theirs.first(shown))
+        for model in read:
+            found["first", model].append(model.first(usual))
+            found["later", model].append(model.later(read[model]))
+            found["decode", model].append(model.decode(usual))
+        found["decode", theirs].append(theirs.decode(usual.shown))
+        found["decode limit"].append(ours.decode_limit())
         if number < 0:
             found.clear()
             watch.others()
         else:
             noise.append(watch.others())
             print(f"round {number + 1} of {args.rounds}, others {noise[-1]:.1%}", file=sys.stderr, flush=True)
-    told = table(args, ours, found)
-    del ours, theirs
-    if args.device == "cpu":
-        told += loading(args, file)
-    folder.cleanup()
-    return told, noise
-
-
-def loading(args, file: Path) -> list[str]:
-    runs = [
-        [fresh(script, args.checkpoint, args.dtype, file) for script in (OURS, THEIRS)] for _ in range(args.rounds + 1)
+    yield beside_theirs(compared, found, ours, theirs)
+    yield of_dense(compared, found, ours, views)
+    for case in compared:
+        if case.aim and ratio(found[case], found["theirs", case.shown]) > case.aim:
+            yield markdown([f"{case}: operation", "ms", "share"], ours.profile(case))
+    if args.device != "cpu":
+        rows = [[case, peak(ours.first, case), peak(theirs.first, case.shown)] for case in compared]
+        yield markdown(["peak memory above the weights, GiB", "ours", "transformers"], rows)
+        return
+    of_int8 = [
+        ["first token, s", *pair(found["first", small], found["first", ours]), INT8_FIRST],
+        ["a later question, s", *pair(found["later", small], found["later", ours]), ""],
+        ["decoding, tokens a second", *rates(found["decode", small], found["decode", ours]), INT8_DECODING],
     ]
-    seconds, peak = (np.median([[side[k] for side in run] for run in runs[1:]], axis=0) for k in (0, 1))
+    del small, read
+    started = starts(args, ours, usual)
+    yield from beside_fresh(args, started, of_int8)
+
+
+def ratio(mine: list[float], other: list[float]) -> float:
+    """The median of the rounds' ratios."""
+    return statistics.median(a / b for a, b in zip(mine, other, strict=True))
+
+
+def pair(mine: list[float], other: list[float]) -> list[str]:
+    return [f"{statistics.median(mine):.2f}", f"{statistics.median(other):.2f}", f"{ratio(mine, other):.3f}"]
+
+
+def rates(mine: list[float], other: list[float]) -> list[str]:
+    """The same of seconds for one, as so many a second."""
+    return pair([1 / each for each in mine], [1 / each for each in other])
+
+
+def beside_theirs(compared: list[Case], found: dict, ours: Ours, theirs: Theirs) -> str:
+    rows = []
+    for case in compared:
+        other, limit = found["theirs", case.shown], found["limit", case]
+        aim = f"≤ {case.aim}" if case.aim else ""
+        told = [f"{statistics.median(limit):.2f}", f"{ratio(limit, found[case]):.0%}"]
+        rows.append([f"first token, {case}, s", *pair(found[case], other), aim, *told])
+    dense = found["theirs", compared[0].shown]
+    rows.append(["a later question about the first image, s", *pair(found["later", ours], dense), "", "", ""])
+    limit = found["decode limit"]
+    told = [f"{1 / statistics.median(limit):.2f}", f"{ratio(limit, found['decode', ours]):.0%}"]
+    rows.append(["decoding, tokens a second", *rates(found["decode", ours], found["decode", theirs]), DECODING, *told])
+    return markdown(["what", "ours", "transformers", "ratio", "aim", "products alone", "their share of ours"], rows)
+
+
+def of_dense(compared: list[Case], found: dict, ours: Ours, views: dict[Case, View]) -> str:
+    """Ours sparse beside ours dense."""
+    flops, rows = {case: ours.model.flops(view, QUESTION) for case, view in views.items()}, []
+    for case in compared:
+        if case.sparsity:
+            rows.append(
+                [
+                    case,
+                    f"{ratio(found[case], found[Case(case.shown, 0)]):.3f}",
+                    f"{flops[case][0] / flops[case][1]:.3f}",
+                ]
+            )
+    return markdown(["share of our dense time", "", "FLOPs"], rows)
+
+
+def starts(args, ours: Ours, usual: Case) -> dict[str, list[tuple[float, float]]]:
+    """Fresh processes: seconds to the first token, and GiB, by round."""
+    dense = ours.look(replace(usual, sparsity=0))
+    (image, events), ids = inputs(usual.shown), ours.model.prompt(dense, QUESTION)[0]
+    ways = {
+        "ours": (OURS, "", "0"),
+        "theirs": (THEIRS,),
+        "ours, 0.5": (OURS, "", "0.5"),
+        "int8, 0.5": (OURS, "int8", "0.5"),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "given.npz"
+        np.savez(file, image=image, events=events, ids=ids, patches=dense.patches, grid=dense.keep.shape)
+        found = defaultdict(list)
+        for _ in range(args.rounds + 1):
+            for name, (script, *how) in ways.items():
+                found[name].append(fresh(script, args.checkpoint, args.dtype, file, *how))
+    return {name: each[1:] for name, each in found.items()}
+
+
+def beside_fresh(args, started: dict, of_int8: list[list[str]]) -> Iterator[str]:
+    times, peaks = ({name: [each[k] for each in runs] for name, runs in started.items()} for k in (0, 1))
     size = sum(path.stat().st_size for path in Path(args.checkpoint).glob("*.safetensors")) / 2**30
-    ratio = np.median([run[0][0] / run[1][0] for run in runs[1:]])
-    above = (f"{gib:.2f} (weights + {gib - size:.2f})" for gib in peak)
-    return [
-        f"| process start to first token, s | {seconds[0]:.2f} | {seconds[1]:.2f} | {ratio:.2f} | ≤ 0.80 |",
-        f"| peak resident memory, GiB | {' | '.join(above)} | {peak[0] / peak[1]:.2f} | weights + 0.45 |",
+    above = [
+        f"{statistics.median(peaks[name]):.2f} (weights + {statistics.median(peaks[name]) - size:.2f})"
+        for name in ("ours", "theirs")
     ]
-
-
-def table(args, ours: Ours, found: dict) -> list[str]:
-    lines = [f"{k[1]}: {statistics.median(v):.1f}" for k, v in found.items() if k[0] == "limit"]
-    lines = [f"Limits here, {args.dtype}: {'; '.join(lines)}.", ""] if lines else []
-    lines += ["| what | ours | transformers | ratio | target |", "|---|---|---|---|---|"]
-    for patches in args.patches:
-        for sparsity in (0, *SPARSITIES):
-            mine, other, dense = (found[patches, key] for key in (sparsity, "theirs", 0))
-            ratio = statistics.median(a / b for a, b in zip(mine, other, strict=True))
-            name = f"sparsity {sparsity}" if sparsity else "dense"
-            target = TARGETS.get((sparsity or "dense", patches))
-            cells = [f"first token, {patches} patches, {name}, s", f"{statistics.median(mine):.2f}"]
-            cells += [f"{statistics.median(other):.2f}", f"{ratio:.3f}", f"≤ {target:.2f}" if target else ""]
-            lines.append(f"| {' | '.join(cells)} |")
-            if sparsity:
-                share = ours.flops(patches, sparsity) / ours.flops(patches, 0)
-                ratio = statistics.median(a / b for a, b in zip(mine, dense, strict=True))
-                lines.append(f"| … ours sparse / ours dense | | | {ratio:.3f} | FLOPs: ≤ {share:.3f} |")
-    mine, other = (1 / statistics.median(found["decode", who]) for who in ("ours", "theirs"))
-    ratio = statistics.median(b / a for a, b in zip(found["decode", "ours"], found["decode", "theirs"], strict=True))
-    return [*lines, f"| decoding, tokens a second | {mine:.2f} | {other:.2f} | {ratio:.2f} | ≥ 1.15 |"]
+    rows = [["process start to first token, s", *pair(times["ours"], times["theirs"]), START],
+            ["peak resident memory, GiB", *above, f"{ratio(peaks['ours'], peaks['theirs']):.3f}", MEMORY]]  # fmt: skip
+    yield markdown([f"{args.patches[0]} patches, dense", "ours", "transformers", "ratio", "aim"], rows)
+    rows = [*of_int8, ["process start to first token, s", *pair(times["int8, 0.5"], times["ours, 0.5"]), ""],
+            ["peak resident memory, GiB", *pair(peaks["int8, 0.5"], peaks["ours, 0.5"]), INT8_MEMORY]]  # fmt: skip
+    yield markdown([f"{args.patches[0]} patches, sparsity 0.5", "int8", args.dtype, "ratio", "aim"], rows)
 
 
 if __name__ == "__main__":

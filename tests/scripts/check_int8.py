@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT))
 
 import int8
 from common import TINY, markdown
@@ -42,12 +43,12 @@ def right(model: EPVLM, made: list[Sample], sparsity: float) -> list[bool]:
 
 def answers(count: int) -> Iterator[list[str]]:
     made = {"stills": list(samples(count)), "clips": list(samples(count, four_moments))}
-    yield ["weights", *(f"{what}, {'dense' if not s else s}" for what in made for s in (0, 0.5)), "all", "lost"]
+    yield ["weights", *(f"{what}, {s or 'dense'}" for what in made for s in (0, 0.5)), "all", "lost"]
     before = None
     for name, load in LOADERS.items():
         model = load(TINY)
         found = [right(model, some, sparsity) for some in made.values() for sparsity in (0, 0.5)]
-        share = 100 * np.mean(sum(found, []))
+        share = 100 * np.mean(np.concatenate(found))
         before = share if before is None else before
         yield [name, *(f"{100 * np.mean(some):.1f}" for some in found), f"{share:.2f}", f"{before - share:.2f}"]
 
