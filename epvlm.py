@@ -584,8 +584,8 @@ def show_progress(model: EPVLM) -> None:
     hooks = [layer.register_forward_hook(lambda *_, n=n: count(n)) for n, layer in enumerate(layers, 1)]
 
 
-def main(argv: list[str] | None = None, load: Callable = EPVLM.from_pretrained) -> int:
-    """Answers questions about an image; returns the exit status. load: what makes the model of the flags."""
+def main(argv: list[str] | None = None, load: Callable | None = None) -> int:
+    """Answers questions about an image; returns the exit status. load: in the place of `EPVLM.from_pretrained`."""
     parser = argparse.ArgumentParser("epvlm", description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.error = lambda text: parser.exit(2, f"epvlm: error: {' '.join(text.split())} (--help lists the options)\n")
     add_input(parser)
@@ -594,8 +594,8 @@ def main(argv: list[str] | None = None, load: Callable = EPVLM.from_pretrained) 
     add_model(parser)
     add_flags(parser, Options)
     add_flags(parser, Sampling)
-    # intermixed: the question may follow options
-    return exit_status("epvlm", lambda: run(parser.parse_intermixed_args(argv), load))
+    parse = parser.parse_intermixed_args  # the question may follow options
+    return exit_status("epvlm", lambda: run(parse(argv), load or EPVLM.from_pretrained))
 
 
 if __name__ == "__main__":

@@ -318,18 +318,22 @@ def read_tensors(folder: Path, shapes: dict[str, tuple], dtype=None, device="cpu
             need(key not in stored, path, f"{name} is stored already, as {spelt.get(key)}", "remove one")
             stored[key], spelt[key] = tensor, (path, name)
     check(folder, stored, shapes | {HEAD: shapes[EMBEDDING]} if tied and HEAD in stored else shapes, spelt)
-    same = not tied or HEAD not in stored or torch.equal(stored[HEAD], stored[EMBEDDING])  # it need not be stored
+
+    def apart(name: str) -> Tensor:  # by a mapping of its own, given back at once: two copies are never held
+        path, name_there = spelt[name]
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name_there)
+
+    same = not tied or HEAD not in stored or torch.equal(apart(HEAD), apart(EMBEDDING))  # it need not be stored
     remedy = 'set "tie_word_embeddings": false in config.json, or remove the tensor'
     need(same, folder, f"{HEAD} differs from {EMBEDDING}, although config.json ties them", remedy)
     dtype, tensors = dtype or stored[EMBEDDING].dtype, {}
     for name in shapes:
         tensors[name] = stored.pop(name)
         if change or tensors[name].dtype != dtype or torch.device(device).type != "cpu":
-            path, name_there = spelt[name]
-            with safe_open(path, "pt") as file:  # a mapping of its own, given back at once: two copies are never held
-                tensors[name] = file.get_tensor(name_there).to(device, dtype)
-                if change:
-                    tensors[name] = change(name, tensors[name])
+            tensors[name] = apart(name).to(device, dtype)
+            if change:
+                tensors[name] = change(name, tensors[name])
     return tensors
 
 

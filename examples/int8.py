@@ -1,5 +1,4 @@
-"""The published weights as int8: half the memory, and on a CPU twice the words a second, for they come as fast as the
-weights are read.
+"""The published weights as int8: half the memory, and on a CPU, where reading them takes the time, words twice as fast.
 
     python examples/int8.py image.png events.npy "What is moving?"
 
@@ -16,12 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import EPVLM
-from epvlm import main
-from weights import EMBEDDING
-from weights import load as load_checkpoint
+from epvlm import main, weights
 
 CHUNK = 2**20  # weights quantised at a time, so that they stay in the cache
-HELD, LOCK = torch.empty(2**24, dtype=torch.bfloat16), threading.Lock()  # memory allocated each time is slower
+HELD, LOCK = torch.empty(2**24, dtype=torch.bfloat16), threading.Lock()  # shared: memory allocated anew is slower
 
 
 class Linear8(nn.Module):
@@ -34,7 +31,7 @@ class Linear8(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in) -> (..., out)
         y, rows = x.new_empty(*x.shape[:-1], len(self.s)), len(HELD) // x.shape[-1]
-        if x.numel() == x.shape[-1]:
+        if x.numel() == x.shape[-1] and x.shape[-1] % 16 == 0:  # torch's reads 16 weights at a time, unchecked
             y = torch._weight_int8pack_mm(x.reshape(1, -1), self.weight, self.s).view(y.shape)
         else:
             for q, s, part in zip(self.weight.split(rows), self.s.split(rows), y.split(rows, dim=-1), strict=True):
@@ -62,16 +59,17 @@ def load(model: str | Path, revision: str | None = None, device=None, dtype=None
     def change(name: str, W: Tensor) -> Tensor:
         if W.ndim != 2:
             return W.clone()  # which lets go of the file
-        q, scales[name] = quantised(W)
+        with LOCK:
+            q, scales[name] = quantised(W)
         return q
 
-    checkpoint = load_checkpoint(model, revision, "cpu", torch.bfloat16, change)
+    checkpoint = weights.load(model, revision, "cpu", torch.bfloat16, change)
     llm = checkpoint.llm
     for part, prefix in ((checkpoint.vit, "visual."), (llm, "")):
         for name, old in list(part.named_modules()):
             if isinstance(old, nn.Linear):
                 part.set_submodule(name, Linear8(old.weight, scales[f"{prefix}{name}.weight"], old.bias))
-    q, s = llm.model["embed_tokens"].weight, scales[EMBEDDING]
+    q, s = llm.model["embed_tokens"].weight, scales[weights.EMBEDDING]
     head = Linear8(q, s) if llm.config.tie_word_embeddings else llm.lm_head
     llm.embed, llm.logits = lambda ids: q[ids] * s[ids].unsqueeze(-1), lambda hidden: head(hidden).float()
     return EPVLM(checkpoint)

@@ -658,6 +658,26 @@ def test_reading_adds_the_cache_alone(checkpoint):
     assert torch.equal(again.cache.held, read.cache.held) and again.cache.filled == read.cache.filled
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-3), ("bfloat16", 0.05)])
+def test_a_gpu_answers_as_the_cpu_does(dtype, tolerance):
+    cpu, gpu = (EPVLM.from_pretrained(TINY, device=device, dtype=dtype) for device in ("cpu", "cuda"))
+    assert EPVLM.from_pretrained(TINY).weight.is_cuda
+    clip, maps = Clip.at_rate(FRAMES, 25), np.random.default_rng(0).random((112, 84))
+    views = [cpu.look(PICTURE, maps, Options(0.5, cell=cell)) for cell in ("group", "patch")]
+    views += [cpu.look(clip, None, Options(0.5, rule="cover", **SMALL)), cpu.look(clip, None, Options(**SMALL))]
+    for view in views:
+        scores, expected = gpu.logits(view, QUESTION), cpu.logits(view, QUESTION)
+        assert scores.is_cuda and (scores.cpu() - expected).abs().max() <= tolerance * expected.abs().max()
+        if dtype == "float32":
+            for asked in (Sampling(8), Sampling(8, temperature=0.5, repetition_penalty=1.2)):
+                alone, later = (
+                    list(cpu.tokens(view, QUESTION, asked)),
+                    list(gpu.tokens(gpu.read(view), QUESTION, asked)),
+                )
+                assert list(gpu.tokens(view, QUESTION, asked)) == later == alone
+
+
 # Room
 
 
@@ -1457,7 +1477,7 @@ def test_a_share_of_the_fuzzing(capsys):
     ],
 )
 def test_how_an_error_ends(monkeypatch, capsys, error, status, line):
-    def fail(_):
+    def fail(*_):
         raise error
 
     monkeypatch.setattr(epvlm, "run", fail)

@@ -33,13 +33,11 @@ from PIL import Image
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import int8
 from bench_clip import inputs as clip_inputs
-from common import markdown
+from common import ROOT, markdown
 from epvlm import EPVLM, Options, Sampling, View
 from vit import ROWS, SCORES
 

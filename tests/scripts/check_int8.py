@@ -16,9 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import int8
 from common import TINY, markdown
@@ -41,7 +39,7 @@ def right(model: EPVLM, made: list[Sample], sparsity: float) -> list[bool]:
     return found
 
 
-def answers(count: int) -> Iterator[list[str]]:
+def answers(count: int) -> Iterator[list]:
     made = {"stills": list(samples(count)), "clips": list(samples(count, four_moments))}
     yield ["weights", *(f"{what}, {s or 'dense'}" for what in made for s in (0, 0.5)), "all", "lost"]
     before = None
@@ -54,7 +52,7 @@ def answers(count: int) -> Iterator[list[str]]:
 
 
 @torch.inference_mode()
-def scores(checkpoint: str) -> Iterator[list[str]]:
+def scores(checkpoint: str) -> Iterator[list]:
     """Of 1024 patches at sparsity 0.5."""
     rng, side, found = np.random.default_rng(0), 448, {}
     image = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
@@ -65,10 +63,16 @@ def scores(checkpoint: str) -> Iterator[list[str]]:
         ids, positions = model.prompt(view, "What is moving?")
         found[name] = model.llm.logits(model.llm(model.embed(view, ids), positions, wanted=1))[0, -1]
         del model
-    yield ["weights", "largest difference from float32, in units of the largest score", "from bfloat16"]
+    yield [
+        "weights",
+        "largest difference from float32, in units of the largest score",
+        "from bfloat16",
+        "likeliest token",
+    ]
     largest = found["float32"].abs().max()
     for name, each in found.items():
-        yield [name, *(f"{(each - found[other]).abs().max() / largest:.4f}" for other in ("float32", "bfloat16"))]
+        errors = ((each - found[other]).abs().max() / largest for other in ("float32", "bfloat16"))
+        yield [name, *(f"{error:.4f}" for error in errors), int(each.argmax())]
 
 
 def main() -> None:
