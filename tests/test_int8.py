@@ -118,6 +118,7 @@ def test_every_weight_of_a_product_is_int8_and_nothing_else(tmp_path, shard):
     assert sum(isinstance(module, Linear8) for module in model.vit.modules()) == 2 * 4 + 2
 
 
+@pytest.mark.filterwarnings("ignore:the event camera")
 def test_the_tiny_model_answers_as_well():
     made = [*samples(60), *samples(60, four_moments)]
     for sparsity in (0, 0.5):

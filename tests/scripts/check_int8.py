@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import int8
+from bench_transformers import QUESTION, Case, Ours
 from common import TINY, markdown
 from epvlm import EPVLM, Options
 from evidence import Sample, four_moments, samples
@@ -54,13 +54,11 @@ def answers(count: int) -> Iterator[list]:
 @torch.inference_mode()
 def scores(checkpoint: str) -> Iterator[list]:
     """Of 1024 patches at sparsity 0.5."""
-    rng, side, found = np.random.default_rng(0), 448, {}
-    image = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
-    E_v = rng.random((side // 28, side // 28)).repeat(28, 0).repeat(28, 1)
+    found = {}
     for name, load in LOADERS.items():
         model = load(checkpoint)
-        view = model.look(image, E_v, Options(0.5, max_pixels=10**9))
-        ids, positions = model.prompt(view, "What is moving?")
+        view = Ours(model).look(Case(1024, 0.5))
+        ids, positions = model.prompt(view, QUESTION)
         found[name] = model.llm.logits(model.llm(model.embed(view, ids), positions, wanted=1))[0, -1]
         del model
     yield [
