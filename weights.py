@@ -92,7 +92,8 @@ def load(model: str | Path, revision: str | None = None, device=None, dtype=None
         download(str(model), folder.name, [path.name for path in shards(folder)])
     shapes = {name: tuple(tensor.shape) for name, tensor in published(vit, llm).items()}
     tensors = read_tensors(folder, shapes, DTYPES.get(kind), device, change)
-    for module, prefix in ((vit.requires_grad_(False).eval(), "visual."), (llm.requires_grad_(False).eval(), "")):
+    for module, prefix in ((vit, "visual."), (llm, "")):
+        module.requires_grad_(False).eval()  # first, since int8 weights have no gradients
         module.load_state_dict({name: tensors[prefix + name] for name in module.state_dict()}, assign=True)
     return Checkpoint(vit, llm, tokenizer, image_config, ends, penalty, usual_system)
 
@@ -308,32 +309,32 @@ def shards(folder: Path) -> list[Path]:
 def read_tensors(folder: Path, shapes: dict[str, tuple], dtype=None, device="cpu", change=None) -> dict[str, Tensor]:
     """Every tensor of the checkpoint by its published name, all checked against `shapes` before one is converted. They
     are memory-mapped and used as they lie: nothing is copied where the file has the dtype asked for (None: that of its
-    embedding) and the device is the CPU. Else they are converted one by one, and `change`, a function of name and
-    tensor, returns what is held instead (examples/int8.py). Raises ValueError that names a misfit."""
-    stored, spelt, tied = {}, {}, HEAD not in shapes  # by published name: the tensor, and its file and name there
+    embedding) and the device is the CPU. Else they are converted one by one. With `change`, a function of name and
+    tensor, all are, and what it returns is held (examples/int8.py). Raises ValueError that names a misfit."""
+    stored, spelt = {}, {}  # by published name: the tensor, and its file and name there
     for path in shards(folder):
         for name, tensor in read_file(path, load_file, "a safetensors file", 2**40).items():
             newer = next(filter(name.startswith, RENAMED), "")
             key = RENAMED.get(newer, "") + name.removeprefix(newer)
             need(key not in stored, path, f"{name} is stored already, as {spelt.get(key)}", "remove one")
             stored[key], spelt[key] = tensor, (path, name)
-    check(folder, stored, shapes | {HEAD: shapes[EMBEDDING]} if tied and HEAD in stored else shapes, spelt)
+    twice = HEAD in stored and HEAD not in shapes  # a tied head need not be stored
+    check(folder, stored, shapes | {HEAD: shapes[EMBEDDING]} if twice else shapes, spelt)
 
-    def apart(name: str) -> Tensor:  # by a mapping of its own, given back at once: two copies are never held
+    def read_again(name: str) -> Tensor:  # by a mapping of its own, given back at once: two copies are never held
         path, name_there = spelt[name]
         with safe_open(path, "pt") as file:
             return file.get_tensor(name_there)
 
-    same = not tied or HEAD not in stored or torch.equal(apart(HEAD), apart(EMBEDDING))  # it need not be stored
+    same = not twice or torch.equal(read_again(HEAD), read_again(EMBEDDING))
     remedy = 'set "tie_word_embeddings": false in config.json, or remove the tensor'
     need(same, folder, f"{HEAD} differs from {EMBEDDING}, although config.json ties them", remedy)
     dtype, tensors = dtype or stored[EMBEDDING].dtype, {}
     for name in shapes:
         tensors[name] = stored.pop(name)
         if change or tensors[name].dtype != dtype or torch.device(device).type != "cpu":
-            tensors[name] = apart(name).to(device, dtype)
-            if change:
-                tensors[name] = change(name, tensors[name])
+            tensor = read_again(name).to(device, dtype)
+            tensors[name] = change(name, tensor) if change else tensor
     return tensors
 
 

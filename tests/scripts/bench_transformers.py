@@ -5,8 +5,9 @@
 
 All run in one process, in turn, `--rounds` times; the tables, in Markdown on standard output, have the medians and the
 medians of the rounds' ratios. Ours is timed from image (or frames) and events to the first token, the choice of patches
-included; transformers (sdpa), always dense, from patches that are ready. Beside ours stands the limit: the products of
-the same first token alone, on the same weights, which do not stay in the cache. What is above its aim gets a profile.
+included; transformers (sdpa), always dense, from patches that are ready. Beside ours stands its limit: linear layers and
+products of attention alone, on the same weights, which do not stay in the cache. A first token that misses its aim gets
+a profile.
 
 On the CPU the int8 weights of examples/int8.py run too, and fresh processes, which are timed from their start to their
 first token, with the weights in the page cache. Nothing but the benchmark should use the processors: the share that
@@ -44,7 +45,7 @@ from vit import ROWS, SCORES
 QUESTION, LATER = "What is moving?", "And in which direction does the thing on the left move?"
 TOKENS = 16  # decoded
 CLIP = "8 frames"  # of 448 x 448 pixels
-DECODING, START, MEMORY = "≥ 1.15", "≤ 0.80", "weights + 0.45"  # aims; for the first token see `cases`
+DECODING, START, MEMORY = "≥ 1.15", "≤ 0.80", "weights + 0.45"  # aims; for the first token see AIMS
 INT8_DECODING, INT8_FIRST, INT8_MEMORY = "≥ 1.60", "≤ 1.15", "≤ 0.60"
 
 
@@ -83,15 +84,15 @@ def inputs(shown: int | str) -> tuple:
 
 
 def seconds(work: Callable[[], object], device: str = "cpu") -> float:
-    synchronise = torch.cuda.synchronize if device.startswith("cuda") else int
-    synchronise()
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
     start = time.perf_counter()
     work()
-    synchronise()
+    wait()
     return time.perf_counter() - start
 
 
-def peak(first: Callable, shown) -> str:
+def gpu_memory(first: Callable, shown) -> str:
     """GiB that a GPU needs for it, besides what it holds already."""
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -102,6 +103,7 @@ def peak(first: Callable, shown) -> str:
 class Ours:
     def __init__(self, model: EPVLM):
         self.model, self.device = model, str(model.weight.device)
+        self.row = 2 if self.device == "cpu" and model.weight.dtype == torch.bfloat16 else 1  # a row alone is doubled
         self.model.ends = set()  # random weights may say anything
 
     def look(self, case: Case) -> View:
@@ -126,7 +128,7 @@ class Ours:
 
     @torch.inference_mode()
     def limit(self, view: View) -> float:
-        """Seconds of a first token's products alone, made in the same calls."""
+        """Seconds of a first token's linear layers and attention products alone, made in the calls that it makes."""
         model, length = self.model, len(self.model.prompt(view, QUESTION)[0])
         some = cache(lambda *shape: torch.rand(shape).to(model.weight))  # so that only weights are cold
         rows, work = {"blocks": len(view.patches), "merger": view.tokens, "layers": length}, []
@@ -134,17 +136,17 @@ class Ours:
         alone = [last.self_attn.q_proj, last.self_attn.o_proj, *last.mlp.children()]  # of the last token alone
         for name, linear in (*model.vit.named_modules(), *model.llm.named_modules()):
             if isinstance(linear, nn.Linear) and not name.startswith("lm_head"):
-                count = 2 if linear in alone else next(rows[part] for part in name.split(".") if part in rows)
-                x = some(count, linear.in_features).split(ROWS if "fc" in name else count)
+                count = self.row if linear in alone else next(rows[part] for part in name.split(".") if part in rows)
+                x = some(count, linear.in_features).split(ROWS if "fc" in name and self.device == "cpu" else count)
                 work += [(F.linear, part, linear.weight) for part in x]
         vision, text = model.vit.config, model.llm.config
         for n in vision.depth * [n for n in view.keep.flatten(1).sum(dim=1).tolist() if n]:
-            for q in some(vision.num_heads, n, vision.embed_dim // vision.num_heads).split(torch.get_num_threads()):
-                for part in q.split(max(1, SCORES // n), dim=1):
-                    work += [(torch.bmm, part, q.mT), (torch.bmm, some(*part.shape[:2], n), q)]
+            q = some(1, vision.num_heads, n, vision.embed_dim // vision.num_heads)
+            work += blocks(q[0], some) if self.row == 2 else [(fused, q, q)]
         q = some(1, text.num_attention_heads, length, text.head_dim)
-        work += [(causal, q, q)] * (text.num_hidden_layers - 1) + [(F.linear, some(2, text.hidden_size), self.head())]
-        return seconds(lambda: each(work), self.device)
+        work += [(causal, q, q)] * (text.num_hidden_layers - 1)
+        work.append((F.linear, some(self.row, text.hidden_size), self.head()))
+        return seconds(lambda: multiply(work), self.device)
 
     def head(self) -> torch.Tensor:
         llm = self.model.llm
@@ -152,27 +154,41 @@ class Ours:
 
     @torch.inference_mode()
     def decode_limit(self) -> float:
-        """The same of a token after the first: of one row, doubled."""
+        """Median seconds of the linear layers of a token after the first."""
         layers = [each.weight for each in self.model.llm.model["layers"].modules() if isinstance(each, nn.Linear)]
-        work = [(F.linear, torch.rand(2, weight.shape[1]).to(weight), weight) for weight in (*layers, self.head())]
-        return seconds(lambda: each(work), self.device)
+        work = [
+            (F.linear, torch.rand(self.row, weight.shape[1]).to(weight), weight) for weight in (*layers, self.head())
+        ]
+        return statistics.median(seconds(lambda: multiply(work), self.device) for _ in range(TOKENS))
 
     def profile(self, case: Case) -> list[list[str]]:
         """Where the milliseconds of a first token go, by torch's operations."""
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * self.device.startswith("cuda")
-        with profile(activities=activities) as found:
+        kind = "CUDA" if self.device.startswith("cuda") else "CPU"
+        with profile(activities={ProfilerActivity.CPU, getattr(ProfilerActivity, kind)}) as found:
             self.first(case)
-        key = "self_device_time_total" if self.device.startswith("cuda") else "self_cpu_time_total"
-        spent = Counter({each.key.removeprefix("aten::"): getattr(each, key) / 1000 for each in found.key_averages()})
-        whole = spent.total()
-        rows = [[name, f"{ms:.0f}", f"{ms / whole:.1%}"] for name, ms in spent.most_common(8)]
-        others = whole - sum(ms for _, ms in spent.most_common(8))
-        return [*rows, ["all others", f"{others:.0f}", f"{others / whole:.1%}"]]
+        operations = [each for each in found.key_averages() if each.device_type.name == kind]
+        key = "self_cpu_time_total" if kind == "CPU" else "self_device_time_total"
+        spent = Counter({each.key.removeprefix("aten::"): getattr(each, key) / 1000 for each in operations})
+        most = [*spent.most_common(8), ("all others", spent.total() - sum(ms for _, ms in spent.most_common(8)))]
+        return [[name, f"{ms:.0f}", f"{ms / spent.total():.1%}"] for name, ms in most]
 
 
-def each(products: list[tuple]) -> None:
+def multiply(products: list[tuple]) -> None:
     for product, x, w in products:
         product(x, w)  # and lets go of it, as a layer does
+
+
+def blocks(q: torch.Tensor, some: Callable) -> list[tuple]:
+    """As vit.attend multiplies, but for the softmax."""
+    work = []
+    for heads in q.split(torch.get_num_threads()):
+        for part in heads.split(max(1, SCORES // q.shape[1]), dim=1):
+            work += [(torch.bmm, part, heads.mT), (torch.bmm, some(*part.shape[:2], q.shape[1]), heads)]
+    return work
+
+
+def fused(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, k)
 
 
 def causal(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -207,7 +223,7 @@ class Theirs:
         return seconds(lambda: self.model.generate(**given, max_new_tokens=1), self.device)
 
     def decode(self, shown: int) -> float:
-        class Watch:
+        class Clock:
             def __init__(self):
                 self.times = []
 
@@ -217,9 +233,9 @@ class Theirs:
             def end(self):
                 pass
 
-        watch = Watch()
-        self.model.generate(**self.given(shown), max_new_tokens=1 + TOKENS, streamer=watch)
-        return statistics.median(np.diff(watch.times[1:]))  # the first is the prompt's own
+        clock = Clock()
+        self.model.generate(**self.given(shown), max_new_tokens=1 + TOKENS, streamer=clock)
+        return statistics.median(np.diff(clock.times[1:]))  # the first is the prompt's own
 
 
 OURS = """
@@ -298,56 +314,54 @@ def main() -> int:
     if (share := watch.others()) >= 0.05 and not args.busy:
         print(f"other processes use {share:.0%} of the processors; stop them, or say --busy", file=sys.stderr)
         return 2
-    noise = []
-    for lines in bench(args, watch, noise):
-        print(lines, end="\n\n", flush=True)
-    print(f"Share of other processes by round: at most {max(noise):.1%}, median {statistics.median(noise):.1%}.")
+    for text in bench(args, watch):
+        print(text, end="\n\n", flush=True)
     return 0
 
 
-def bench(args, watch: Watch, noise: list[float]) -> Iterator[str]:
-    ours = Ours(EPVLM.from_pretrained(args.checkpoint, device=args.device, dtype=args.dtype))
+def bench(args, watch: Watch) -> Iterator[str]:
+    models = {"ours": Ours(EPVLM.from_pretrained(args.checkpoint, device=args.device, dtype=args.dtype))}
+    ours, noise = models["ours"], []
     theirs = Theirs(args.checkpoint, args.dtype, args.device, ours)
-    small = Ours(int8.load(args.checkpoint)) if args.device == "cpu" else None
+    if args.device == "cpu":
+        models["int8"] = Ours(int8.load(args.checkpoint))
     compared, found = [case for shown in (*args.patches, CLIP) for case in cases(shown)], defaultdict(list)
     usual = Case(args.patches[0], 0.5)
     views = {case: ours.look(case) for case in compared}
-    read = {model: model.model.read(model.look(usual)) for model in filter(None, (ours, small))}
+    read = {name: each.model.read(views[usual]) for name, each in models.items()}
     for number in range(-1, args.rounds):  # the first warms up
         for case in compared:
-            found[case].append(ours.first(case))
+            found["ours", case].append(ours.first(case))
+            if case == usual and "int8" in models:
+                found["int8", case].append(models["int8"].first(case))
             found["limit", case].append(ours.limit(views[case]))
         for shown in dict.fromkeys(case.shown for case in compared):
             found["theirs", shown].append(theirs.first(shown))
-        for model in read:
-            found["first", model].append(model.first(usual))
-            found["later", model].append(model.later(read[model]))
-            found["decode", model].append(model.decode(usual))
-        found["decode", theirs].append(theirs.decode(usual.shown))
-        found["decode limit"].append(ours.decode_limit())
+        for name, each in models.items():
+            found[name, "later"].append(each.later(read[name]))
+            found[name, "decode"].append(each.decode(usual))
+        found["theirs", "decode"].append(theirs.decode(usual.shown))
+        found["limit", "decode"].append(ours.decode_limit())
         if number < 0:
             found.clear()
             watch.others()
         else:
             noise.append(watch.others())
             print(f"round {number + 1} of {args.rounds}, others {noise[-1]:.1%}", file=sys.stderr, flush=True)
-    yield beside_theirs(compared, found, ours, theirs)
-    yield of_dense(compared, found, ours, views)
+    yield beside_theirs(compared, found)
+    yield of_dense(compared, found, {case: ours.model.flops(view, QUESTION) for case, view in views.items()})
     for case in compared:
-        if case.aim and ratio(found[case], found["theirs", case.shown]) > case.aim:
+        if case.aim and ratio(found["ours", case], found["theirs", case.shown]) > case.aim:
             yield markdown([f"{case}: operation", "ms", "share"], ours.profile(case))
-    if args.device != "cpu":
-        rows = [[case, peak(ours.first, case), peak(theirs.first, case.shown)] for case in compared]
+    if args.device == "cpu":
+        started = starts(args, ours, usual)
+        noise.append(watch.others())
+        yield beside_fresh(args, started)
+        yield beside_bfloat16(args, found, started, usual)
+    else:
+        rows = [[case, gpu_memory(ours.first, case), gpu_memory(theirs.first, case.shown)] for case in compared]
         yield markdown(["peak memory above the weights, GiB", "ours", "transformers"], rows)
-        return
-    of_int8 = [
-        ["first token, s", *pair(found["first", small], found["first", ours]), INT8_FIRST],
-        ["a later question, s", *pair(found["later", small], found["later", ours]), ""],
-        ["decoding, tokens a second", *rates(found["decode", small], found["decode", ours]), INT8_DECODING],
-    ]
-    del small, read
-    started = starts(args, ours, usual)
-    yield from beside_fresh(args, started, of_int8)
+    yield f"Share of other processes by round: at most {max(noise):.1%}, median {statistics.median(noise):.1%}."
 
 
 def ratio(mine: list[float], other: list[float]) -> float:
@@ -364,33 +378,32 @@ def rates(mine: list[float], other: list[float]) -> list[str]:
     return pair([1 / each for each in mine], [1 / each for each in other])
 
 
-def beside_theirs(compared: list[Case], found: dict, ours: Ours, theirs: Theirs) -> str:
+def beside_theirs(compared: list[Case], found: dict) -> str:
     rows = []
     for case in compared:
-        other, limit = found["theirs", case.shown], found["limit", case]
-        aim = f"≤ {case.aim}" if case.aim else ""
-        told = [f"{statistics.median(limit):.2f}", f"{ratio(limit, found[case]):.0%}"]
-        rows.append([f"first token, {case}, s", *pair(found[case], other), aim, *told])
+        mine, limit = found["ours", case], found["limit", case]
+        aim, alone = (
+            f"≤ {case.aim}" if case.aim else "",
+            [f"{statistics.median(limit):.2f}", f"{ratio(limit, mine):.0%}"],
+        )
+        rows.append([f"first token, {case}, s", *pair(mine, found["theirs", case.shown]), aim, *alone])
     dense = found["theirs", compared[0].shown]
-    rows.append(["a later question about the first image, s", *pair(found["later", ours], dense), "", "", ""])
-    limit = found["decode limit"]
-    told = [f"{1 / statistics.median(limit):.2f}", f"{ratio(limit, found['decode', ours]):.0%}"]
-    rows.append(["decoding, tokens a second", *rates(found["decode", ours], found["decode", theirs]), DECODING, *told])
+    rows.append(
+        [f"a later question about {compared[0].shown} patches, s", *pair(found["ours", "later"], dense), "", "", ""]
+    )
+    mine, limit = found["ours", "decode"], found["limit", "decode"]
+    alone = [f"{1 / statistics.median(limit):.2f}", f"{ratio(limit, mine):.0%}"]
+    rows.append(["decoding, tokens a second", *rates(mine, found["theirs", "decode"]), DECODING, *alone])
     return markdown(["what", "ours", "transformers", "ratio", "aim", "products alone", "their share of ours"], rows)
 
 
-def of_dense(compared: list[Case], found: dict, ours: Ours, views: dict[Case, View]) -> str:
+def of_dense(compared: list[Case], found: dict, flops: dict[Case, tuple[int, int]]) -> str:
     """Ours sparse beside ours dense."""
-    flops, rows = {case: ours.model.flops(view, QUESTION) for case, view in views.items()}, []
-    for case in compared:
-        if case.sparsity:
-            rows.append(
-                [
-                    case,
-                    f"{ratio(found[case], found[Case(case.shown, 0)]):.3f}",
-                    f"{flops[case][0] / flops[case][1]:.3f}",
-                ]
-            )
+    rows = [
+        [case, f"{ratio(found['ours', case], found['ours', Case(case.shown, 0)]):.3f}", f"{kept / dense:.3f}"]
+        for case, (kept, dense) in flops.items()
+        if case.sparsity
+    ]
     return markdown(["share of our dense time", "", "FLOPs"], rows)
 
 
@@ -405,28 +418,37 @@ def starts(args, ours: Ours, usual: Case) -> dict[str, list[tuple[float, float]]
         "int8, 0.5": (OURS, "int8", "0.5"),
     }
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "given.npz"
+        file, found = Path(folder) / "given.npz", defaultdict(list)
         np.savez(file, image=image, events=events, ids=ids, patches=dense.patches, grid=dense.keep.shape)
-        found = defaultdict(list)
         for _ in range(args.rounds + 1):
             for name, (script, *how) in ways.items():
                 found[name].append(fresh(script, args.checkpoint, args.dtype, file, *how))
     return {name: each[1:] for name, each in found.items()}
 
 
-def beside_fresh(args, started: dict, of_int8: list[list[str]]) -> Iterator[str]:
-    times, peaks = ({name: [each[k] for each in runs] for name, runs in started.items()} for k in (0, 1))
+def column(started: dict, name: str, number: int) -> list[float]:
+    return [each[number] for each in started[name]]
+
+
+def beside_fresh(args, started: dict) -> str:
+    """Fresh processes of ours and theirs, dense."""
     size = sum(path.stat().st_size for path in Path(args.checkpoint).glob("*.safetensors")) / 2**30
-    above = [
-        f"{statistics.median(peaks[name]):.2f} (weights + {statistics.median(peaks[name]) - size:.2f})"
-        for name in ("ours", "theirs")
-    ]
-    rows = [["process start to first token, s", *pair(times["ours"], times["theirs"]), START],
-            ["peak resident memory, GiB", *above, f"{ratio(peaks['ours'], peaks['theirs']):.3f}", MEMORY]]  # fmt: skip
-    yield markdown([f"{args.patches[0]} patches, dense", "ours", "transformers", "ratio", "aim"], rows)
-    rows = [*of_int8, ["process start to first token, s", *pair(times["int8, 0.5"], times["ours, 0.5"]), ""],
-            ["peak resident memory, GiB", *pair(peaks["int8, 0.5"], peaks["ours, 0.5"]), INT8_MEMORY]]  # fmt: skip
-    yield markdown([f"{args.patches[0]} patches, sparsity 0.5", "int8", args.dtype, "ratio", "aim"], rows)
+    seconds, peaks = ([column(started, name, number) for name in ("ours", "theirs")] for number in (0, 1))
+    above = [f"{statistics.median(each):.2f} (weights + {statistics.median(each) - size:.2f})" for each in peaks]
+    rows = [["process start to first token, s", *pair(*seconds), START],
+            ["peak resident memory, GiB", *above, f"{ratio(*peaks):.3f}", MEMORY]]  # fmt: skip
+    return markdown([f"{args.patches[0]} patches, dense", "ours", "transformers", "ratio", "aim"], rows)
+
+
+def beside_bfloat16(args, found: dict, started: dict, usual: Case) -> str:
+    """Ours in int8 beside ours."""
+    seconds, peaks = ([column(started, name, number) for name in ("int8, 0.5", "ours, 0.5")] for number in (0, 1))
+    rows = [["first token, s", *pair(found["int8", usual], found["ours", usual]), INT8_FIRST],
+            ["a later question, s", *pair(found["int8", "later"], found["ours", "later"]), ""],
+            ["decoding, tokens a second", *rates(found["int8", "decode"], found["ours", "decode"]), INT8_DECODING],
+            ["process start to first token, s", *pair(*seconds), ""],
+            ["peak resident memory, GiB", *pair(*peaks), INT8_MEMORY]]  # fmt: skip
+    return markdown([f"{args.patches[0]} patches, sparsity 0.5", "int8", args.dtype, "ratio", "aim"], rows)
 
 
 if __name__ == "__main__":
