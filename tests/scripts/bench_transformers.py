@@ -5,9 +5,9 @@
 
 All run in one process, in turn, `--rounds` times; the tables, in Markdown on standard output, have the medians and the
 medians of the rounds' ratios. Ours is timed from image (or frames) and events to the first token, the choice of patches
-included; transformers (sdpa), always dense, from patches that are ready. Beside ours stands its limit: linear layers and
-products of attention alone, on the same weights, which do not stay in the cache. A first token that misses its aim gets
-a profile.
+included; transformers (sdpa), always dense, from patches that are ready. Beside ours stands its limit: the linear
+layers and the products of attention alone, on the same weights, which do not stay in the cache. A first token that
+misses its aim gets a profile.
 
 On the CPU the int8 weights of examples/int8.py run too, and fresh processes, which are timed from their start to their
 first token, with the weights in the page cache. Nothing but the benchmark should use the processors: the share that
