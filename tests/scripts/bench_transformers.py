@@ -354,10 +354,10 @@ def bench(args, watch: Watch) -> Iterator[str]:
         if case.aim and ratio(found["ours", case], found["theirs", case.shown]) > case.aim:
             yield markdown([f"{case}: operation", "ms", "share"], ours.profile(case))
     if args.device == "cpu":
-        started = starts(args, ours, usual)
+        fresh_processes = starts(args, ours, usual)
         noise.append(watch.others())
-        yield beside_fresh(args, started)
-        yield beside_bfloat16(args, found, started, usual)
+        yield beside_fresh(args, *fresh_processes)
+        yield beside_bfloat16(args, found, *fresh_processes)
     else:
         rows = [[case, gpu_memory(ours.first, case), gpu_memory(theirs.first, case.shown)] for case in compared]
         yield markdown(["peak memory above the weights, GiB", "ours", "transformers"], rows)
@@ -382,17 +382,14 @@ def beside_theirs(compared: list[Case], found: dict) -> str:
     rows = []
     for case in compared:
         mine, limit = found["ours", case], found["limit", case]
-        aim, alone = (
-            f"≤ {case.aim}" if case.aim else "",
-            [f"{statistics.median(limit):.2f}", f"{ratio(limit, mine):.0%}"],
-        )
+        aim = f"≤ {case.aim}" if case.aim else ""
+        alone = f"{statistics.median(limit):.2f}", f"{ratio(limit, mine):.0%}"
         rows.append([f"first token, {case}, s", *pair(mine, found["theirs", case.shown]), aim, *alone])
-    dense = found["theirs", compared[0].shown]
-    rows.append(
-        [f"a later question about {compared[0].shown} patches, s", *pair(found["ours", "later"], dense), "", "", ""]
-    )
+    first = compared[0].shown
+    later = pair(found["ours", "later"], found["theirs", first])
+    rows.append([f"a later question about {first} patches, s", *later, "", "", ""])
     mine, limit = found["ours", "decode"], found["limit", "decode"]
-    alone = [f"{1 / statistics.median(limit):.2f}", f"{ratio(limit, mine):.0%}"]
+    alone = f"{1 / statistics.median(limit):.2f}", f"{ratio(limit, mine):.0%}"
     rows.append(["decoding, tokens a second", *rates(mine, found["theirs", "decode"]), DECODING, *alone])
     return markdown(["what", "ours", "transformers", "ratio", "aim", "products alone", "their share of ours"], rows)
 
@@ -407,8 +404,8 @@ def of_dense(compared: list[Case], found: dict, flops: dict[Case, tuple[int, int
     return markdown(["share of our dense time", "", "FLOPs"], rows)
 
 
-def starts(args, ours: Ours, usual: Case) -> dict[str, list[tuple[float, float]]]:
-    """Fresh processes: seconds to the first token, and GiB, by round."""
+def starts(args, ours: Ours, usual: Case) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Fresh processes: their seconds to the first token, and their GiB, by round."""
     dense = ours.look(replace(usual, sparsity=0))
     (image, events), ids = inputs(usual.shown), ours.model.prompt(dense, QUESTION)[0]
     ways = {
@@ -418,36 +415,36 @@ def starts(args, ours: Ours, usual: Case) -> dict[str, list[tuple[float, float]]
         "int8, 0.5": (OURS, "int8", "0.5"),
     }
     with tempfile.TemporaryDirectory() as folder:
-        file, found = Path(folder) / "given.npz", defaultdict(list)
+        file, seconds, peaks = Path(folder) / "given.npz", defaultdict(list), defaultdict(list)
         np.savez(file, image=image, events=events, ids=ids, patches=dense.patches, grid=dense.keep.shape)
-        for _ in range(args.rounds + 1):
+        for number in range(-1, args.rounds):  # the first warms up
             for name, (script, *how) in ways.items():
-                found[name].append(fresh(script, args.checkpoint, args.dtype, file, *how))
-    return {name: each[1:] for name, each in found.items()}
+                took, peak = fresh(script, args.checkpoint, args.dtype, file, *how)
+                if number >= 0:
+                    seconds[name].append(took)
+                    peaks[name].append(peak)
+    return seconds, peaks
 
 
-def column(started: dict, name: str, number: int) -> list[float]:
-    return [each[number] for each in started[name]]
-
-
-def beside_fresh(args, started: dict) -> str:
+def beside_fresh(args, seconds: dict, peaks: dict) -> str:
     """Fresh processes of ours and theirs, dense."""
     size = sum(path.stat().st_size for path in Path(args.checkpoint).glob("*.safetensors")) / 2**30
-    seconds, peaks = ([column(started, name, number) for name in ("ours", "theirs")] for number in (0, 1))
-    above = [f"{statistics.median(each):.2f} (weights + {statistics.median(each) - size:.2f})" for each in peaks]
-    rows = [["process start to first token, s", *pair(*seconds), START],
-            ["peak resident memory, GiB", *above, f"{ratio(*peaks):.3f}", MEMORY]]  # fmt: skip
+    above = [
+        f"{gib:.2f} (weights + {gib - size:.2f})" for gib in map(statistics.median, (peaks["ours"], peaks["theirs"]))
+    ]
+    rows = [["process start to first token, s", *pair(seconds["ours"], seconds["theirs"]), START],
+            ["peak resident memory, GiB", *above, f"{ratio(peaks['ours'], peaks['theirs']):.3f}", MEMORY]]  # fmt: skip
     return markdown([f"{args.patches[0]} patches, dense", "ours", "transformers", "ratio", "aim"], rows)
 
 
-def beside_bfloat16(args, found: dict, started: dict, usual: Case) -> str:
+def beside_bfloat16(args, found: dict, seconds: dict, peaks: dict) -> str:
     """Ours in int8 beside ours."""
-    seconds, peaks = ([column(started, name, number) for name in ("int8, 0.5", "ours, 0.5")] for number in (0, 1))
+    usual = Case(args.patches[0], 0.5)
     rows = [["first token, s", *pair(found["int8", usual], found["ours", usual]), INT8_FIRST],
             ["a later question, s", *pair(found["int8", "later"], found["ours", "later"]), ""],
             ["decoding, tokens a second", *rates(found["int8", "decode"], found["ours", "decode"]), INT8_DECODING],
-            ["process start to first token, s", *pair(*seconds), ""],
-            ["peak resident memory, GiB", *pair(*peaks), INT8_MEMORY]]  # fmt: skip
+            ["process start to first token, s", *pair(seconds["int8, 0.5"], seconds["ours, 0.5"]), ""],
+            ["peak resident memory, GiB", *pair(peaks["int8, 0.5"], peaks["ours, 0.5"]), INT8_MEMORY]]  # fmt: skip
     return markdown([f"{args.patches[0]} patches, sparsity 0.5", "int8", args.dtype, "ratio", "aim"], rows)
 
 
